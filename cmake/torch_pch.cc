@@ -1,0 +1,1 @@
+// Gives the shared precompiled header (torch/torch.h) a target to live in.

@@ -1,0 +1,1 @@
+#include "libs/config/config.h"

@@ -1,0 +1,78 @@
+// What an agent plays: observations in, actions out.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "libs/base/array.h"
+
+namespace orrery {
+
+// One modality as the environment delivers it, without a batch dimension: images [height, width, channels] uint8,
+// vectors [size] float32.
+struct TensorSpec {
+  std::string name;
+  DType dtype = DType::kFloat32;
+  std::vector<int64_t> shape;
+  bool operator==(const TensorSpec&) const = default;
+};
+
+// Continuous: `size` numbers in [-1, 1] (wrappers scale to the task's own units). Discrete: one-hot over `size` choices.
+struct ActionSpec {
+  int size = 0;
+  bool discrete = false;
+  bool operator==(const ActionSpec&) const = default;
+};
+
+struct EnvironmentSpec {
+  std::vector<TensorSpec> observations;  // ordered by name
+  ActionSpec action;
+  bool operator==(const EnvironmentSpec&) const = default;
+};
+
+// 64-bit hash of names, dtypes, shapes and the action; the same on every machine.
+uint64_t Hash(const EnvironmentSpec& spec);
+
+// What followed an action (or Reset).
+struct TimeStep {
+  ArrayMap observation;      // as in the specification
+  double reward = 0;         // came with this observation; 0 after Reset
+  bool is_terminal = false;  // the task ended
+  bool is_last = false;      // the episode ended, by the task or by its time limit
+};
+
+// One simulator. Not thread-safe; may move between threads while no call is running, except that rendering contexts are
+// handled inside. INVALID_ARGUMENT for an action of the wrong size or not finite, FAILED_PRECONDITION for a Step before
+// Reset or after is_last.
+class Environment {
+ public:
+  virtual ~Environment() = default;
+  virtual const EnvironmentSpec& spec() const = 0;
+  // Begins an episode; the same seed gives the same episode.
+  virtual absl::StatusOr<TimeStep> Reset(uint64_t seed) = 0;
+  virtual absl::StatusOr<TimeStep> Step(absl::Span<const float> action) = 0;
+  // A picture [height, width, 3] uint8 of the present state, for people (films).
+  virtual absl::StatusOr<Array> Render(int height, int width) = 0;
+};
+
+// How a task is made; mirrors orrery.config.v1.Environment.
+struct EnvironmentOptions {
+  enum class Quality { kReference, kFast };
+  std::string task;
+  int action_repeat = 1;
+  int image_size = 64;
+  Quality quality = Quality::kFast;
+  int time_limit = 0;  // simulator steps; 0: the task's own
+};
+
+// Makes a task with action repeat (rewards summed, stops at the end of the episode) around it.
+// NOT_FOUND lists the known tasks, or names the missing MuJoCo file.
+absl::StatusOr<std::unique_ptr<Environment>> MakeEnvironment(const EnvironmentOptions& options);
+// Names of all tasks.
+std::vector<std::string> KnownTasks();
+
+}  // namespace orrery
