@@ -1,0 +1,88 @@
+// C++ client of the replay service: retries, an acknowledged writer, and a watcher that survives reconnects.
+#pragma once
+
+#include <grpcpp/grpcpp.h>
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "libs/base/array.h"
+#include "libs/base/clock.h"
+#include "libs/replay/run_coordinator.h"
+#include "libs/replay/store.h"
+#include "orrery/replay/v1/replay.grpc.pb.h"
+
+namespace orrery {
+
+// Unary and snapshot calls. Thread-safe. UNAVAILABLE is retried with jitter until the deadline; other errors are returned.
+class ReplayClient {
+ public:
+  ReplayClient(std::shared_ptr<grpc::Channel> channel, std::string run);
+  virtual ~ReplayClient() = default;
+
+  struct Episode {
+    EpisodeAssignment assignment;
+    std::string task;
+    int lease_seconds = 0;
+  };
+  // nullopt: none may begin before the deadline.
+  virtual absl::StatusOr<std::optional<Episode>> BeginEpisode(const std::string& actor_id, uint64_t specification_hash,
+                                                              absl::Time deadline);
+  virtual absl::StatusOr<int64_t> AcquireLearner(const std::string& learner_id, absl::Time deadline);
+  // Waits on the server for at most `deadline`; 0 granted when none may be made until then.
+  virtual absl::StatusOr<RunCoordinator::Grant> ReserveUpdates(int64_t generation, int64_t updates_done, int32_t wanted,
+                                                               absl::Time deadline);
+  virtual absl::Status PutSnapshot(const Store::Snapshot& snapshot, absl::Time deadline);
+  virtual absl::StatusOr<Store::Snapshot> GetSnapshot(absl::Time deadline);  // NOT_FOUND: none
+  virtual absl::StatusOr<replay::v1::GetStatsResponse> GetStats(absl::Time deadline);
+
+  const std::string& run() const { return run_; }
+  std::shared_ptr<grpc::Channel> channel() const { return channel_; }
+
+ private:
+  const std::shared_ptr<grpc::Channel> channel_;
+  const std::string run_;
+};
+
+// Sends chunks and keeps each until it is acknowledged, across reconnects and restarts of the service. Thread-safe.
+class ReplayWriter {
+ public:
+  struct Options {
+    int64_t max_unacknowledged_bytes = 64 << 20;
+    absl::Duration heartbeat = absl::Seconds(10);  // leases of open episodes are renewed this often
+  };
+  static std::unique_ptr<ReplayWriter> Create(std::shared_ptr<grpc::Channel> channel, std::string run, Options options);
+  virtual ~ReplayWriter() = default;
+  // Queues a chunk; waits while it would not fit (one chunk always fits alone). DEADLINE_EXCEEDED: still full then.
+  // ALREADY_EXISTS and other final errors of the service are returned by every later call about the same episode.
+  virtual absl::Status Append(Chunk chunk, absl::Time deadline) = 0;
+  // Waits until everything queued is acknowledged.
+  virtual absl::Status Flush(absl::Time deadline) = 0;
+  // Episodes whose leases the heartbeat renews.
+  virtual void KeepAlive(std::vector<int64_t> episode_ids) = 0;
+  virtual int64_t unacknowledged_bytes() const = 0;
+};
+
+// Follows the data set: every live chunk once (repeats are removed by key), then changes. One consumer thread; Close from any.
+class ChunkWatcher {
+ public:
+  struct Event {
+    bool reset = false;  // forget everything: the watch began anew (all live chunks follow)
+    std::optional<Chunk> appended;
+    std::optional<ChunkKey> evicted;
+    bool caught_up = false;
+  };
+  static std::unique_ptr<ChunkWatcher> Create(std::shared_ptr<grpc::Channel> channel, std::string run,
+                                              bool include_evaluation = false);
+  virtual ~ChunkWatcher() = default;
+  // The next event; reconnects inside. DEADLINE_EXCEEDED: none until then. CANCELLED: closed.
+  virtual absl::StatusOr<Event> Next(absl::Time deadline) = 0;
+  virtual void Close() = 0;
+};
+
+}  // namespace orrery

@@ -1,0 +1,59 @@
+// Which rows are live, and uniform sampling over all valid starts of sequences.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <random>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "libs/replay/store.h"
+
+namespace orrery {
+
+// The part of a chunk that a sequence takes.
+struct ChunkSlice {
+  ChunkKey key;
+  int32_t begin = 0;  // first row within the chunk
+  int32_t rows = 0;
+};
+
+// A sequence of L consecutive rows of one episode.
+struct Sequence {
+  int64_t episode_id = 0;
+  int64_t first_row = 0;
+  std::vector<ChunkSlice> slices;  // in order, rows add up to L
+};
+
+struct IndexTotals {
+  int64_t rows = 0;      // live, of the chunks this index was given
+  int64_t bytes = 0;     // payload bytes
+  int64_t chunks = 0;
+  int64_t episodes = 0;  // with at least one live chunk
+};
+
+// Not thread-safe. A valid start is (episode, row) such that rows row … row + L - 1 are all live and of that episode;
+// every valid start is equally likely. Sampling costs O(log episodes), whatever the number of rows.
+class EpisodeIndex {
+ public:
+  // Sequences of `sequence_length` rows will be drawn; evaluation chunks are counted in totals but never sampled.
+  explicit EpisodeIndex(int sequence_length);
+  ~EpisodeIndex();
+  // Repeats are ignored. Chunks may come in any order (gaps break an episode into runs of consecutive rows).
+  void Append(const ChunkInfo& info);
+  // Unknown keys are ignored.
+  void Evict(const ChunkKey& key);
+  // Nothing when there is no valid start.
+  std::optional<Sequence> Sample(std::mt19937_64& random) const;
+  int64_t valid_starts() const;
+  IndexTotals totals() const;
+  // Chunks to evict so that rows and bytes fit: the oldest first, in order of arrival.
+  std::vector<ChunkKey> OldestBeyond(int64_t max_rows, int64_t max_bytes) const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace orrery
