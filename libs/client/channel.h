@@ -1,0 +1,42 @@
+// Channels to other services, and the waits between tries.
+#pragma once
+
+#include <grpcpp/grpcpp.h>
+
+#include <functional>
+#include <memory>
+#include <random>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+
+namespace orrery {
+
+// Largest message that services and clients of this project take: a chunk of 64 MiB and what surrounds it.
+inline constexpr int kMaxMessageBytes = 68 << 20;
+
+// Insecure channel to HOST:PORT (or any gRPC target, such as "dns:///planner:7103"): keepalive every 10 s, round robin over
+// the addresses of the name, messages up to kMaxMessageBytes, reconnects within 2 s. INVALID_ARGUMENT for an empty address.
+absl::StatusOr<std::shared_ptr<grpc::Channel>> MakeChannel(const std::string& address);
+
+// Waits that double from `first` to `last`, each drawn from its upper half. Not thread-safe.
+class Backoff {
+ public:
+  explicit Backoff(absl::Duration first = absl::Milliseconds(50), absl::Duration last = absl::Seconds(2));
+  // The next wait.
+  absl::Duration Next();
+  void Reset() { current_ = first_; }
+
+ private:
+  const absl::Duration first_;
+  const absl::Duration last_;
+  absl::Duration current_;
+  std::mt19937_64 random_;
+};
+
+// Calls `call` until it returns another code than UNAVAILABLE or `deadline` has passed; then the last status, OK or not.
+// The call gets a fresh context with the deadline.
+absl::Status RetryUnavailable(absl::Time deadline, const std::function<grpc::Status(grpc::ClientContext&)>& call);
+
+}  // namespace orrery

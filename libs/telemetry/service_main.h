@@ -1,0 +1,59 @@
+// What the main functions of the services share: flags, one-line errors, exit codes.
+//
+//   int main(int argc, char** argv) {
+//     orrery::CommonFlags flags;
+//     CLI::App app("Keeps the experience of a run.");
+//     orrery::AddCommonFlags(app, {"replay", 7101, 7201, 9101}, flags);
+//     app.add_option("--store", …);
+//     return orrery::RunProgram(argc, argv, app, "orrery-replay", flags, [&] { return Serve(flags, …); });
+//   }
+//
+// Serve makes the service, starts a host with MakeHostOptions, and ends with AwaitShutdown.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "libs/telemetry/service_host.h"
+
+namespace orrery {
+
+inline constexpr char kVersion[] = "0.1.0";
+
+// Name of a service ("replay") and its default ports on 127.0.0.1; 0: it has no such port and no such flag.
+struct ServiceDefaults {
+  std::string name;
+  int port = 0;
+  int health_port = 0;
+  int metrics_port = 0;
+};
+
+struct CommonFlags {
+  std::string listen;          // --listen
+  std::string health_listen;   // --health_listen
+  std::string metrics_listen;  // --metrics_listen
+  std::string config;          // --config; not required here: app.get_option("--config")->required()
+  std::vector<std::string> set;    // --set, repeated
+  std::string log_level = "info";  // --log_level
+};
+
+// Declares the flags above with their defaults. `flags` must outlive `app`.
+void AddCommonFlags(CLI::App& app, const ServiceDefaults& defaults, CommonFlags& flags);
+
+// Parses the command line and runs `body`. Exit code: 0 when `body` returns OK, and for --help and --version; 1 after
+// printing "PROGRAM: error: MESSAGE" when it does not; 2 for a wrong flag. SIGINT and SIGTERM are blocked first, so that
+// every thread started later leaves them to AwaitShutdown.
+int RunProgram(int argc, const char* const* argv, CLI::App& app, const std::string& program, const CommonFlags& flags,
+               const std::function<absl::Status()>& body);
+
+// Name and addresses from the flags, and a fresh registry; the services are the caller's to add.
+HostOptions MakeHostOptions(const ServiceDefaults& defaults, const CommonFlags& flags);
+
+// Logs the addresses that `host` serves, waits for SIGINT or SIGTERM, then drains: Shutdown with 10 s of grace.
+void AwaitShutdown(ServiceHost& host, const std::string& name);
+
+}  // namespace orrery
