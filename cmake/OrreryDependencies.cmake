@@ -44,11 +44,9 @@ target_compile_options(orrery_torch INTERFACE
 target_link_libraries(orrery_torch INTERFACE ${ORRERY_LIBTORCH}/lib/libtorch_cpu.so ${ORRERY_LIBTORCH}/lib/libc10.so)
 file(GLOB cuda_runtime_folders ${ORRERY_CACHE}/cudart-*/nvidia/cu13/lib ${ORRERY_CACHE}/cupti-*/nvidia/cu13/lib)
 if(ORRERY_CUDA)
-  find_path(ORRERY_CUDA_INCLUDE cuda_runtime_api.h PATHS ${ORRERY_CACHE}/cuda-13.0/include /usr/local/cuda/include REQUIRED)
-  target_compile_definitions(orrery_torch INTERFACE ORRERY_CUDA=1)
-  target_compile_options(orrery_torch INTERFACE "SHELL:-idirafter ${ORRERY_CUDA_INCLUDE}")
   target_link_libraries(orrery_torch INTERFACE -Wl,--no-as-needed ${ORRERY_LIBTORCH}/lib/libtorch_cuda.so
     ${ORRERY_LIBTORCH}/lib/libc10_cuda.so -Wl,--as-needed)
+  # cuBLAS, cuDNN and the rest are found where the program runs, not here.
   target_link_options(orrery_torch INTERFACE -Wl,--unresolved-symbols=ignore-in-shared-libs)
 endif()
 # libtorch_cpu.so of the CUDA wheel loads libcudart and libcupti, which lie in folders of their own.
