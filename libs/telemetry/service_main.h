@@ -53,7 +53,8 @@ int RunProgram(int argc, const char* const* argv, CLI::App& app, const std::stri
 // Name and addresses from the flags, and a fresh registry; the services are the caller's to add.
 HostOptions MakeHostOptions(const ServiceDefaults& defaults, const CommonFlags& flags);
 
-// Logs the addresses that `host` serves, waits for SIGINT or SIGTERM, then drains: Shutdown with 10 s of grace.
-void AwaitShutdown(ServiceHost& host, const std::string& name);
+// Logs the addresses that `host` serves, waits for SIGINT or SIGTERM, then drains: no longer ready, `drain` (which should wake
+// handlers that wait), Shutdown with 10 s of grace.
+void AwaitShutdown(ServiceHost& host, const std::string& name, const std::function<void()>& drain = [] {});
 
 }  // namespace orrery
