@@ -22,7 +22,8 @@ struct EpisodeAssignment {
 };
 
 struct RunProgress {
-  std::string run_id;
+  std::string run_id;               // empty: no episode was begun yet
+  uint64_t specification_hash = 0;  // the run's; 0: no episode was begun yet
   int64_t rows_appended = 0;      // training rows of finished and running episodes, as reported
   int64_t episodes_started = 0;   // training episodes
   int64_t episodes_finished = 0;  // training episodes finished or abandoned

@@ -82,9 +82,10 @@ class Store {
   virtual absl::Status Append(const Chunk& chunk) = 0;
   // The chunks in the order asked for; an evicted or unknown one is nullopt.
   virtual absl::StatusOr<std::vector<std::optional<Chunk>>> Read(absl::Span<const ChunkKey> keys) = 0;
-  // Changes after `cursor`, at most `max`; an empty cursor first lists every live chunk as kAppend (an episode's chunks in
-  // the order of rows), then goes on with the log. Waits up to `wait` when there is nothing new and then returns an empty
-  // batch. Every chunk that stays live is reported at least once; a reader tolerates repeats.
+  // Changes after `cursor`, at most `max`; an empty cursor first lists every live chunk as kAppend (by episode and row),
+  // then goes on with the log. Waits up to `wait` when there is nothing new and then returns an empty batch; with an empty
+  // cursor it never waits, so that a reader learns at once that an empty store is empty. Every chunk that stays live is
+  // reported at least once; a reader tolerates repeats.
   // OUT_OF_RANGE: the cursor is too old or from another data set; begin with an empty one.
   virtual absl::StatusOr<ChangeBatch> Changes(const std::string& cursor, int max, absl::Duration wait) = 0;
   // Removes chunks; unknown ones are skipped.
@@ -116,6 +117,8 @@ struct StoreOptions {
   std::string run;
   int partitions = 4;
   absl::Duration timeout = absl::Seconds(5);
+  // Changes kept for readers that lag; one that is further behind starts again with an empty cursor.
+  int change_log_length = 100000;
 };
 absl::StatusOr<std::unique_ptr<Store>> OpenStore(const StoreOptions& options);
 
