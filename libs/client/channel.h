@@ -20,6 +20,9 @@ inline constexpr int kMaxMessageBytes = 68 << 20;
 // the addresses of the name, messages up to kMaxMessageBytes, reconnects within 2 s. INVALID_ARGUMENT for an empty address.
 absl::StatusOr<std::shared_ptr<grpc::Channel>> MakeChannel(const std::string& address);
 
+// Whether trying the same again cannot help: the request, the run or the data is wrong, not the connection.
+bool IsFinalError(absl::StatusCode code);
+
 // Waits that double from `first` to `last`, each drawn from its upper half. Not thread-safe.
 class Backoff {
  public:

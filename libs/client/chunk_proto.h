@@ -32,7 +32,7 @@ absl::StatusOr<Chunk> FromProto(replay::v1::Chunk&& chunk);
 replay::v1::ChunkKey ToProto(const ChunkKey& key);
 
 inline constexpr int64_t kSnapshotPartBytes = int64_t{1} << 20;
-inline constexpr int64_t kMaxSnapshotBytes = int64_t{8} << 30;
+inline constexpr int64_t kMaxSnapshotBytes = int64_t{2} << 30;
 
 // Calls `send` with each part in order until it returns false. INVALID_ARGUMENT for a file of less than 8 bytes;
 // UNAVAILABLE when `send` returned false.

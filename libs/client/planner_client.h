@@ -1,0 +1,31 @@
+// C++ client of the planner service.
+#pragma once
+
+#include <grpcpp/grpcpp.h>
+
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "orrery/planner/v1/planner.grpc.pb.h"
+
+namespace orrery {
+
+// Thread-safe. Planners keep no session, so a call that fails with UNAVAILABLE (a planner that died, or has no snapshot yet)
+// or RESOURCE_EXHAUSTED (its queue is full) is tried again, after growing random waits, until the deadline; then its last
+// error is returned. Other errors are returned at once.
+class PlannerClient {
+ public:
+  explicit PlannerClient(std::shared_ptr<grpc::Channel> channel);
+  virtual ~PlannerClient() = default;
+
+  virtual absl::StatusOr<planner::v1::ActResponse> Act(const planner::v1::ActRequest& request, absl::Time deadline);
+  // Empty name: the only model served.
+  virtual absl::StatusOr<planner::v1::GetModelResponse> GetModel(const std::string& model, absl::Time deadline);
+
+ private:
+  const std::unique_ptr<planner::v1::PlannerService::Stub> stub_;
+};
+
+}  // namespace orrery
