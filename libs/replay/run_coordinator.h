@@ -3,11 +3,14 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
 #include "libs/config/config.h"
 #include "libs/replay/store.h"
 
@@ -53,6 +56,7 @@ class RunCoordinator {
   absl::StatusOr<int64_t> AcquireLearner(const std::string& learner_id);
   struct Grant {
     int32_t updates = 0;
+    // Every training episode has finished, every update that belongs to them is reported and no evaluation is left.
     bool run_complete = false;
   };
   // Reports updates_done, renews the lease, and grants up to `wanted`. FAILED_PRECONDITION: the generation is not the holder.
@@ -62,8 +66,19 @@ class RunCoordinator {
   static constexpr int kLearnerLeaseSeconds = 30;
 
  private:
+  struct State;
+  // Reads the state, lets `change` alter it, and writes it if it was altered; again when another replica came first.
+  absl::Status Mutate(const std::function<absl::Status(State&, absl::Time)>& change) ABSL_LOCKS_EXCLUDED(mu_);
+  absl::Status Write(const VersionedValue& old, State& state) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  std::optional<EpisodeMode> NextMode(const State& state, absl::Time now) const;
+  int64_t UpdatesAllowed(const State& state, absl::Time now) const;
+  bool HandedOutAll(const State& state) const;
+  bool Complete(const State& state) const;
+
   Store* const store_;
   const config::v1::Experiment experiment_;
+  // Only replicas compete for the value in the store, not the threads of this process.
+  absl::Mutex mu_;
 };
 
 // INVALID_ARGUMENT for pacing that could never make progress (seed episodes too short for one sequence and so on is seen

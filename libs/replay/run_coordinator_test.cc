@@ -1,0 +1,440 @@
+#include "libs/replay/run_coordinator.h"
+
+#include <gtest/gtest.h>
+
+#include <map>
+#include <random>
+#include <set>
+#include <thread>
+
+#include "libs/base/clock.h"
+#include "libs/base/random.h"
+#include "libs/base/status_matchers.h"
+#include "libs/replay/memory_store.h"
+#include "libs/replay/testing/fault_store.h"
+
+namespace orrery {
+namespace {
+
+using ::testing::AnyOf;
+using ::testing::ElementsAre;
+using ::testing::Eq;
+using ::testing::HasSubstr;
+using ::testing::Ne;
+
+constexpr uint64_t kSpec = 0xdeadbeef;
+
+config::v1::Experiment Alternate(int seeds, int initial, int per_episode) {
+  config::v1::Experiment e;
+  e.set_name("test");
+  e.set_seed(7);
+  e.mutable_collection()->set_seed_episodes(seeds);
+  e.mutable_learning()->set_schedule(config::v1::Learning::ALTERNATE);
+  e.mutable_learning()->set_initial_updates(initial);
+  e.mutable_learning()->set_updates_per_episode(per_episode);
+  e.mutable_evaluation()->set_every_episodes(0);
+  return e;
+}
+
+config::v1::Experiment Concurrent(int seeds, double updates_per_row, double tolerance) {
+  config::v1::Experiment e = Alternate(seeds, 0, 1);
+  e.mutable_learning()->clear_initial_updates();
+  e.mutable_learning()->set_schedule(config::v1::Learning::CONCURRENT);
+  e.mutable_replay()->mutable_limiter()->set_updates_per_row(updates_per_row);
+  e.mutable_replay()->mutable_limiter()->set_tolerance(tolerance);
+  return e;
+}
+
+ChunkInfo Rows(int64_t episode, int64_t first_row, int32_t rows, EpisodeEnd end = EpisodeEnd::kContinues) {
+  ChunkInfo info;
+  info.key = {episode, first_row};
+  info.rows = rows;
+  info.end = end;
+  return info;
+}
+
+// In the order written, which `+` does not promise.
+std::string Joined(std::initializer_list<std::string> parts) {
+  std::string all;
+  for (const std::string& part : parts) all += part;
+  return all;
+}
+
+class RunCoordinatorTest : public ::testing::Test {
+ protected:
+  // One episode with its mode's letter: R, T or E; "-" for not now, "." for complete.
+  std::string Begin(RunCoordinator& c) {
+    const auto episode = c.BeginEpisode("actor", kSpec);
+    EXPECT_OK(episode);
+    if (!episode.ok()) return "!";
+    if (!episode->has_value()) return "-";
+    if ((*episode)->run_complete) return ".";
+    last_ = **episode;
+    return std::string(1, " RTE"[static_cast<int>(last_.mode)]);
+  }
+  void Finish(RunCoordinator& c, int rows = 10) { EXPECT_OK(c.RecordChunk(Rows(last_.episode_id, 0, rows, EpisodeEnd::kTruncated))); }
+  std::string Play(RunCoordinator& c, int rows = 10) {
+    const std::string mode = Begin(c);
+    if (mode != "-" && mode != ".") Finish(c, rows);
+    return mode;
+  }
+  int Reserve(RunCoordinator& c, int64_t generation, int64_t done, int wanted) {
+    const auto grant = c.ReserveUpdates(generation, done, wanted);
+    EXPECT_OK(grant);
+    complete_ = grant.ok() && grant->run_complete;
+    return grant.ok() ? grant->updates : -1;
+  }
+
+  FakeClock clock_{absl::FromUnixSeconds(1700000000)};
+  std::unique_ptr<Store> store_ = MakeMemoryStore({}, clock_);
+  EpisodeAssignment last_;
+  bool complete_ = false;
+};
+
+// PlaNet's Algorithm 1: S random episodes, updates, then one episode and C updates by turns.
+TEST_F(RunCoordinatorTest, AlternateRunsAlgorithmOneInOrder) {
+  config::v1::Experiment e = Alternate(3, 20, 10);
+  e.mutable_learning()->set_max_episodes(7);
+  e.mutable_evaluation()->set_every_episodes(2);
+  e.mutable_evaluation()->set_episodes(2);
+  RunCoordinator c(store_.get(), e);
+  ASSERT_OK_AND_ASSIGN(const int64_t generation, c.AcquireLearner("learner"));
+  // Actor and learner both try as often as they like, in a scrambled order: only one order of events comes out.
+  std::string order;
+  int64_t done = 0;
+  std::mt19937_64 random(3);
+  for (int i = 0; i < 2000 && !(complete_ && order.back() == '.'); ++i) {
+    if (random() % 2 == 0) {
+      const int granted = Reserve(c, generation, done, 1 + random() % 4);
+      done += granted;
+      order += std::string(granted, 'u');
+    } else if (const std::string mode = Begin(c); mode == ".") {
+      if (order.back() != '.') order += ".";
+    } else if (mode != "-") {
+      order += mode;
+      // The learner gets nothing while an episode runs.
+      EXPECT_EQ(Reserve(c, generation, done, 5), 0);
+      const int64_t id = last_.episode_id;
+      const std::string next = Begin(c);
+      if (order == "R") {  // seed episodes may run side by side, nothing else
+        EXPECT_EQ(next, "R");
+        order += next;
+        Finish(c);
+      } else {
+        EXPECT_THAT(next, AnyOf("-", ".")) << order;
+      }
+      EXPECT_OK(c.RecordChunk(Rows(id, 0, 10, EpisodeEnd::kTerminated)));
+    }
+  }
+  const std::string ten(10, 'u');
+  EXPECT_EQ(order, "RRR" + ten + ten + "T" + ten + "T" + ten + "EE" + "T" + ten + "T" + ten + "EE.");
+  ASSERT_OK_AND_ASSIGN(const RunProgress progress, c.Progress());
+  EXPECT_EQ(progress.episodes_started, 7);
+  EXPECT_EQ(progress.episodes_finished, 7);
+  EXPECT_EQ(progress.rows_appended, 70);
+  EXPECT_EQ(progress.updates_done, 60);
+}
+
+TEST_F(RunCoordinatorTest, NumbersAndSeedsEpisodesReproducibly) {
+  config::v1::Experiment e = Alternate(2, 0, 1);
+  e.mutable_evaluation()->set_every_episodes(1);
+  e.mutable_evaluation()->set_episodes(2);
+  const auto play = [&] {
+    const std::unique_ptr<Store> store = MakeMemoryStore({}, clock_);
+    RunCoordinator c(store.get(), e);
+    const int64_t generation = *c.AcquireLearner("learner");
+    std::vector<std::tuple<int64_t, EpisodeMode, uint64_t>> episodes;
+    for (int i = 0, done = 0; i < 8; ++i) {
+      EXPECT_NE(Play(c), "-");
+      episodes.emplace_back(last_.episode_id, last_.mode, last_.seed);
+      done += Reserve(c, generation, done, 10);
+      Reserve(c, generation, done, 0);
+    }
+    return episodes;
+  };
+  const auto environment = [](uint64_t i) { return DeriveSeed(7, "environment", i); };
+  const auto evaluation = [](uint64_t i) { return DeriveSeed(7, "evaluation", i); };
+  using M = EpisodeMode;
+  const auto episodes = play();
+  EXPECT_THAT(episodes, ElementsAre(Eq(std::tuple{1, M::kRandom, environment(0)}), Eq(std::tuple{2, M::kRandom, environment(1)}),
+                                    Eq(std::tuple{3, M::kTrain, environment(2)}), Eq(std::tuple{4, M::kEvaluate, evaluation(0)}),
+                                    Eq(std::tuple{5, M::kEvaluate, evaluation(1)}), Eq(std::tuple{6, M::kTrain, environment(3)}),
+                                    Eq(std::tuple{7, M::kEvaluate, evaluation(0)}), Eq(std::tuple{8, M::kEvaluate, evaluation(1)})));
+  EXPECT_EQ(play(), episodes);
+}
+
+TEST_F(RunCoordinatorTest, KeepsOneRunIdAndOneSpecification) {
+  RunCoordinator a(store_.get(), Alternate(5, 0, 1)), b(store_.get(), Alternate(5, 0, 1));
+  ASSERT_OK_AND_ASSIGN(const auto first, a.BeginEpisode("a", kSpec));
+  ASSERT_OK_AND_ASSIGN(const auto second, b.BeginEpisode("b", kSpec));
+  EXPECT_EQ(first->run_id, second->run_id);
+  EXPECT_EQ(first->run_id.size(), 16u);
+  EXPECT_EQ(second->episode_id, 2);
+  EXPECT_THAT(b.BeginEpisode("c", kSpec + 1),
+              StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("00000000deadbef0 of actor c is not the run's, 00000000deadbeef")));
+  EXPECT_THAT(b.BeginEpisode("", kSpec), StatusIs(absl::StatusCode::kInvalidArgument));
+  EXPECT_THAT(b.BeginEpisode(std::string(129, 'x'), kSpec), StatusIs(absl::StatusCode::kInvalidArgument));
+  EXPECT_OK(b.BeginEpisode("\xff not UTF-8", kSpec));
+  EXPECT_OK(a.Progress());
+  const std::unique_ptr<Store> other = MakeMemoryStore({}, clock_);
+  RunCoordinator c(other.get(), Alternate(5, 0, 1));
+  EXPECT_EQ(c.Progress()->run_id, "");
+  EXPECT_OK(c.BeginEpisode("a", kSpec));
+  EXPECT_THAT(c.Progress()->run_id, Ne(first->run_id));
+  EXPECT_EQ(a.Progress()->run_id, first->run_id);
+  EXPECT_EQ(a.Progress()->specification_hash, kSpec);
+}
+
+TEST_F(RunCoordinatorTest, CountsRowsOnceUpToTheHighest) {
+  RunCoordinator c(store_.get(), Alternate(2, 0, 1));
+  ASSERT_EQ(Begin(c), "R");
+  const int64_t id = last_.episode_id;
+  EXPECT_OK(c.RecordChunk(Rows(id, 0, 50)));
+  EXPECT_OK(c.RecordChunk(Rows(id, 0, 50)));
+  EXPECT_EQ(c.Progress()->rows_appended, 50);
+  EXPECT_OK(c.RecordChunk(Rows(id, 50, 7, EpisodeEnd::kTerminated)));
+  EXPECT_OK(c.RecordChunk(Rows(id, 50, 7, EpisodeEnd::kTerminated)));
+  EXPECT_OK(c.RecordChunk(Rows(99, 0, 50)));
+  EXPECT_EQ(c.Progress()->rows_appended, 57);
+  EXPECT_EQ(c.Progress()->episodes_finished, 1);
+}
+
+TEST_F(RunCoordinatorTest, AnEpisodeWithoutNewsIsAbandoned) {
+  config::v1::Experiment e = Alternate(1, 0, 1);
+  e.mutable_collection()->set_lease_seconds(60);
+  RunCoordinator c(store_.get(), e);
+  ASSERT_EQ(Begin(c), "R");
+  const int64_t id = last_.episode_id;
+  EXPECT_EQ(Begin(c), "-");
+  clock_.Advance(absl::Seconds(50));
+  EXPECT_OK(c.RecordChunk(Rows(id, 0, 5)));
+  clock_.Advance(absl::Seconds(50));
+  EXPECT_OK(c.RenewLeases({id, 1234}));
+  clock_.Advance(absl::Seconds(50));
+  EXPECT_EQ(Begin(c), "-");
+  EXPECT_EQ(c.Progress()->episodes_finished, 0);
+  clock_.Advance(absl::Seconds(10));
+  EXPECT_EQ(c.Progress()->episodes_finished, 1);
+  EXPECT_EQ(Begin(c), "T");
+  // News that come too late change nothing.
+  EXPECT_OK(c.RecordChunk(Rows(id, 5, 5, EpisodeEnd::kTerminated)));
+  EXPECT_OK(c.RenewLeases({id}));
+  EXPECT_EQ(c.Progress()->rows_appended, 5);
+  EXPECT_EQ(c.Progress()->episodes_finished, 1);
+}
+
+TEST_F(RunCoordinatorTest, OneLearnerAtATime) {
+  RunCoordinator a(store_.get(), Alternate(1, 5, 5)), b(store_.get(), Alternate(1, 5, 5));
+  EXPECT_THAT(a.ReserveUpdates(0, 0, 1), StatusIs(absl::StatusCode::kFailedPrecondition));
+  EXPECT_THAT(a.AcquireLearner("one"), IsOkAndHolds(1));
+  EXPECT_THAT(b.AcquireLearner("one"), IsOkAndHolds(1));
+  EXPECT_THAT(b.AcquireLearner("two"), StatusIs(absl::StatusCode::kAlreadyExists, HasSubstr("'one' holds the run for another 30s")));
+  clock_.Advance(absl::Seconds(25));
+  EXPECT_EQ(Reserve(b, 1, 0, 1), 0);  // renews
+  clock_.Advance(absl::Seconds(25));
+  EXPECT_THAT(b.AcquireLearner("two"), StatusIs(absl::StatusCode::kAlreadyExists));
+  clock_.Advance(absl::Seconds(5));
+  EXPECT_THAT(b.AcquireLearner("two"), IsOkAndHolds(2));
+  EXPECT_THAT(a.ReserveUpdates(1, 0, 1), StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("generation 2 (two)")));
+  EXPECT_OK(a.ReserveUpdates(2, 0, 1));
+  EXPECT_THAT(a.ReserveUpdates(2, -1, 1), StatusIs(absl::StatusCode::kInvalidArgument));
+  EXPECT_THAT(a.ReserveUpdates(2, 0, -1), StatusIs(absl::StatusCode::kInvalidArgument));
+  EXPECT_THAT(a.AcquireLearner(""), StatusIs(absl::StatusCode::kInvalidArgument));
+}
+
+TEST_F(RunCoordinatorTest, ALearnerThatFellBackOwesItsUpdatesAgain) {
+  RunCoordinator c(store_.get(), Alternate(1, 5, 5));
+  const int64_t generation = *c.AcquireLearner("one");
+  Play(c);
+  EXPECT_EQ(Reserve(c, generation, 0, 100), 5);
+  EXPECT_EQ(Reserve(c, generation, 5, 100), 0);
+  EXPECT_EQ(Reserve(c, generation, 2, 100), 3);
+  EXPECT_EQ(Begin(c), "-");
+  EXPECT_EQ(Reserve(c, generation, 5, 0), 0);
+  EXPECT_EQ(Begin(c), "T");
+}
+
+TEST_F(RunCoordinatorTest, WithoutSeedEpisodesCollectingComesFirst) {
+  config::v1::Experiment e = Alternate(0, 0, 3);
+  e.mutable_learning()->clear_initial_updates();
+  RunCoordinator c(store_.get(), e);
+  const int64_t generation = *c.AcquireLearner("one");
+  EXPECT_EQ(Reserve(c, generation, 0, 100), 0);
+  EXPECT_EQ(Play(c), "T");
+  EXPECT_EQ(Play(c), "-");
+  EXPECT_EQ(Reserve(c, generation, 0, 100), 3);
+}
+
+TEST_F(RunCoordinatorTest, EndsWithinTheSeedEpisodes) {
+  config::v1::Experiment e = Alternate(5, 10, 10);
+  e.mutable_learning()->set_max_episodes(2);
+  e.mutable_evaluation()->set_every_episodes(1);
+  RunCoordinator c(store_.get(), e);
+  const int64_t generation = *c.AcquireLearner("one");
+  EXPECT_EQ(Joined({Play(c), Begin(c), Begin(c)}), "RR.");
+  EXPECT_EQ(Reserve(c, generation, 0, 10), 0);
+  EXPECT_FALSE(complete_);
+  Finish(c);
+  EXPECT_EQ(Reserve(c, generation, 0, 10), 0);
+  EXPECT_TRUE(complete_);
+}
+
+TEST_F(RunCoordinatorTest, ConcurrentHoldsUpdatesPerRowInsideTheBand) {
+  RunCoordinator c(store_.get(), Concurrent(1, 0.5, 20));
+  const int64_t generation = *c.AcquireLearner("one");
+  ASSERT_EQ(Begin(c), "R");
+  const int64_t seed_episode = last_.episode_id;
+  EXPECT_OK(c.RecordChunk(Rows(seed_episode, 0, 40)));
+  EXPECT_EQ(Reserve(c, generation, 0, 1000), 0);  // seeding
+  EXPECT_EQ(Begin(c), "-");
+  EXPECT_OK(c.RecordChunk(Rows(seed_episode, 40, 10, EpisodeEnd::kTruncated)));
+  EXPECT_EQ(Reserve(c, generation, 0, 1000), 45);  // 0.5 * 50 + 20
+  EXPECT_EQ(Reserve(c, generation, 40, 3), 3);
+  EXPECT_EQ(Reserve(c, generation, 45, 1000), 0);
+  // Collecting may run ahead by 20 updates = 40 rows beyond what has been learned since seeding.
+  EXPECT_EQ(Play(c, 40), "T");
+  Reserve(c, generation, 0, 0);  // as if it had fallen back
+  EXPECT_EQ(Play(c, 2), "T");
+  EXPECT_EQ(Begin(c), "-");
+  EXPECT_EQ(Reserve(c, generation, 1, 1000), 65);  // floor(0.5 * 92 + 20) - 1
+  EXPECT_EQ(Begin(c), "T");
+}
+
+TEST_F(RunCoordinatorTest, AnAbsentSideDoesNotBlockTheOther) {
+  config::v1::Experiment e = Concurrent(1, 1, 10);
+  e.mutable_replay()->mutable_limiter()->set_absent_seconds(60);
+  e.mutable_collection()->set_lease_seconds(600);
+  RunCoordinator c(store_.get(), e);
+  const int64_t generation = *c.AcquireLearner("one");
+  EXPECT_EQ(Joined({Play(c, 50), Play(c, 50)}), "RT");
+  EXPECT_EQ(Begin(c), "-");
+  clock_.Advance(absl::Seconds(40));
+  Reserve(c, generation, 0, 0);  // here, but behind
+  clock_.Advance(absl::Seconds(40));
+  EXPECT_EQ(Begin(c), "-");
+  clock_.Advance(absl::Seconds(20));
+  EXPECT_EQ(Begin(c), "T");
+  // The other way round: the learner is held by actors that are there, not by those that left.
+  EXPECT_EQ(Reserve(c, generation, 110, 1000), 0);
+  clock_.Advance(absl::Seconds(59));
+  EXPECT_OK(c.RenewLeases({last_.episode_id}));
+  clock_.Advance(absl::Seconds(59));
+  EXPECT_EQ(Reserve(c, generation, 110, 1000), 0);
+  clock_.Advance(absl::Seconds(1));
+  EXPECT_EQ(Reserve(c, generation, 110, 1000), 1000);
+}
+
+TEST_F(RunCoordinatorTest, ConcurrentEndsWithTheUpdatesThatBelongToTheRows) {
+  config::v1::Experiment e = Concurrent(1, 0.5, 20);
+  e.mutable_learning()->set_max_episodes(2);
+  e.mutable_evaluation()->set_every_episodes(1);
+  e.mutable_evaluation()->set_episodes(1);
+  RunCoordinator c(store_.get(), e);
+  const int64_t generation = *c.AcquireLearner("one");
+  EXPECT_EQ(Joined({Play(c, 30), Play(c, 31), Begin(c), Begin(c)}), "RTE.");
+  EXPECT_EQ(Reserve(c, generation, 0, 1000), 30);
+  EXPECT_EQ(Reserve(c, generation, 30, 1000), 0);
+  EXPECT_FALSE(complete_) << "the evaluation is still running";
+  Finish(c);
+  EXPECT_EQ(Reserve(c, generation, 29, 1000), 1);
+  EXPECT_FALSE(complete_);
+  EXPECT_EQ(Reserve(c, generation, 30, 1000), 0);
+  EXPECT_TRUE(complete_);
+  EXPECT_EQ(c.Progress()->rows_appended, 61) << "evaluation rows do not count";
+}
+
+TEST_F(RunCoordinatorTest, RepeatedQuestionsWriteNothing) {
+  RunCoordinator c(store_.get(), Alternate(1, 5, 5));
+  const int64_t generation = *c.AcquireLearner("one");
+  Begin(c);
+  EXPECT_OK(c.Progress());
+  const int64_t version = store_->Get("run")->version;
+  for (int i = 0; i < 3; ++i) {
+    EXPECT_EQ(Begin(c), "-");
+    EXPECT_EQ(Reserve(c, generation, 0, 5), 0);
+    EXPECT_OK(c.RenewLeases({last_.episode_id}));
+    EXPECT_OK(c.Progress());
+  }
+  EXPECT_EQ(store_->Get("run")->version, version);
+}
+
+TEST_F(RunCoordinatorTest, ReportsADamagedState) {
+  for (const char* text : {"", "{", "[]", R"({"run_id": 5})"}) {
+    const std::unique_ptr<Store> store = MakeMemoryStore({}, clock_);
+    EXPECT_OK(store->CompareAndSet("run", 0, text));
+    RunCoordinator c(store.get(), Alternate(1, 5, 5));
+    EXPECT_THAT(c.BeginEpisode("a", kSpec), StatusIs(absl::StatusCode::kDataLoss, HasSubstr("value 'run'")));
+  }
+}
+
+// Eight threads over three coordinators, each lost reply included: every episode is handed out at most once and counted once.
+TEST_F(RunCoordinatorTest, ManyActorsOverManyReplicasAndLostReplies) {
+  config::v1::Experiment e = Concurrent(10, 1, 1e6);
+  e.mutable_learning()->set_max_episodes(100);
+  e.mutable_collection()->set_lease_seconds(60);
+  FaultStore faulty(store_.get(), 17);
+  std::vector<std::unique_ptr<RunCoordinator>> replicas;
+  for (int i = 0; i < 3; ++i) replicas.push_back(std::make_unique<RunCoordinator>(&faulty, e));
+  absl::Mutex mu;
+  std::map<int64_t, EpisodeMode> played;
+  std::set<uint64_t> seeds;
+  std::vector<std::thread> actors;
+  for (int i = 0; i < 8; ++i) {
+    actors.emplace_back([&, i] {
+      RunCoordinator& c = *replicas[i % replicas.size()];
+      while (true) {
+        const auto episode = c.BeginEpisode(absl::StrCat("actor ", i), kSpec);
+        if (!episode.ok() || !episode->has_value()) {
+          std::this_thread::yield();
+          continue;
+        }
+        if ((*episode)->run_complete) return;
+        {
+          absl::MutexLock lock(&mu);
+          EXPECT_TRUE(played.emplace((*episode)->episode_id, (*episode)->mode).second);
+          EXPECT_TRUE(seeds.insert((*episode)->seed).second);
+        }
+        for (int row = 0; row < 30; row += 10) {
+          const ChunkInfo info = Rows((*episode)->episode_id, row, 10, row == 20 ? EpisodeEnd::kTerminated : EpisodeEnd::kContinues);
+          while (!c.RecordChunk(info).ok()) {
+          }
+        }
+      }
+    });
+  }
+  for (std::thread& actor : actors) actor.join();
+  EXPECT_GT(faulty.faults(), 10);
+  RunCoordinator c(store_.get(), e);
+  clock_.Advance(absl::Seconds(61));
+  ASSERT_OK_AND_ASSIGN(const RunProgress progress, c.Progress());
+  EXPECT_EQ(progress.episodes_started, 100);
+  EXPECT_EQ(progress.episodes_finished, 100);
+  // A lost reply is recognised unless reading it back fails too or another write came between: few are abandoned.
+  EXPECT_GT(played.size(), 80u);
+  EXPECT_EQ(progress.rows_appended, 30 * static_cast<int64_t>(played.size()));
+  int random = 0;
+  for (const auto& [id, mode] : played) random += mode == EpisodeMode::kRandom;
+  EXPECT_LE(random, 10);
+  EXPECT_GE(random, 5);
+}
+
+TEST(ValidatePacing, RefusesWhatCouldNotMakeProgress) {
+  EXPECT_OK(ValidatePacing(Alternate(5, 10, 10)));
+  EXPECT_OK(ValidatePacing(Alternate(0, 0, 10)));
+  EXPECT_THAT(ValidatePacing(Alternate(0, 10, 10)),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("learning.initial_updates is 10, expected 0")));
+  config::v1::Experiment e = Concurrent(1, 2, 50);  // a chunk of 50 rows is 100 updates
+  EXPECT_OK(ValidatePacing(e));
+  e.mutable_replay()->mutable_limiter()->set_tolerance(49);
+  EXPECT_THAT(ValidatePacing(e), StatusIs(absl::StatusCode::kInvalidArgument,
+                                          HasSubstr("replay.limiter.tolerance is 49, expected at least 50")));
+  e.mutable_replay()->mutable_limiter()->set_tolerance(50);
+  e.mutable_environment()->set_time_limit(1000);
+  e.mutable_environment()->set_action_repeat(8);
+  EXPECT_THAT(ValidatePacing(e), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("has 125 rows")));
+  e.mutable_replay()->mutable_limiter()->set_tolerance(125);
+  EXPECT_OK(ValidatePacing(e));
+}
+
+}  // namespace
+}  // namespace orrery
