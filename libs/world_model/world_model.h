@@ -52,7 +52,7 @@ struct LossOutputs {
   TensorMap recon;                                       // as the observations
   torch::Tensor reward_mean;                             // [T, B]
   torch::Tensor kl;                                      // [T, B], before free nats
-  torch::Tensor loss_observation, loss_reward, loss_kl;  // scalars, unweighted
+  torch::Tensor loss_observation, loss_reward, loss_kl;  // scalars; observation: with each modality's scale, the others unweighted
   torch::Tensor loss_overshooting;                       // scalar; undefined when not computed
   torch::Tensor loss_total;                              // scalar, weighted
 };
@@ -76,7 +76,8 @@ class WorldModel : public torch::nn::Module {
   // Stored observations (images [N…, H, W, C] uint8, vectors float32) to what the encoder takes (images [N…, C, H, W]
   // float32): quantisation to `bits` with fresh uniform noise from `generator` (undefined: no noise, as 8 bits).
   TensorMap Preprocess(const TensorMap& stored, c10::optional<torch::Generator> generator) const;
-  // Embedding [N, E] of preprocessed observations without time dimension ([N, C, H, W]).
+  // Embedding [N, E] of preprocessed observations without time dimension ([N, C, H, W]), modalities in the order of their
+  // names. One that is missing counts as zeros; at least one must be there.
   torch::Tensor Encode(const TensorMap& observations) const;
   // Deterministic part of one step: [N, D] from state and action [N, A].
   torch::Tensor Transition(const LatentState& state, const torch::Tensor& action) const;
@@ -91,6 +92,9 @@ class WorldModel : public torch::nn::Module {
   LossOutputs Loss(const Batch& batch, const LossNoise& noise, bool with_overshooting) const;
   // Draws the noise that Loss needs.
   LossNoise DrawNoise(int64_t t, int64_t b, torch::Generator& generator, bool with_overshooting) const;
+  // Sums [N, J] of the predicted rewards of J open-loop rollouts from each of N states: actions [H, N, J, A], standard
+  // normals [H, N, J, S]. Without gradient.
+  torch::Tensor ImaginedReturns(const LatentState& start, const torch::Tensor& actions, const torch::Tensor& noise) const;
 
  private:
   struct Impl;

@@ -1,0 +1,29 @@
+// Names, shapes and initialisation of a model's parameters, from its configuration alone: a snapshot is checked against
+// this before anything of its size is allocated.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "libs/config/config.h"
+
+namespace orrery {
+
+struct ParameterSpec {
+  std::string name;  // "encoder.image.conv1.weight"
+  std::vector<int64_t> shape;
+  double bound;  // initialised uniformly in [-bound, bound], as torch's layers are
+};
+
+// Modalities in the order of their names: the order of embeddings and of parameters.
+std::vector<config::v1::Modality> ModalitiesByName(const config::v1::Model& model);
+// Convolutions (and transposed ones) of an image: 3 at 32×32, 4 at 64×64.
+int ImageLayers(const config::v1::ImageModality& image);
+// Length of a modality's embedding. Images: depth · 2^(layers-1) channels of 2×2 (32 · depth at 64×64, 16 · depth at
+// 32×32), which is also the number of channels that the decoder starts from at 1×1. Vectors: width of the last layer.
+int64_t EmbeddingSize(const config::v1::Modality& modality);
+// Every parameter; the model must be valid and complete.
+std::vector<ParameterSpec> ParameterLayout(const config::v1::Model& model);
+
+}  // namespace orrery

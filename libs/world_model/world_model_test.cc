@@ -1,0 +1,304 @@
+#include "libs/world_model/world_model.h"
+
+#include "absl/strings/match.h"
+#include "libs/base/status_matchers.h"
+#include "libs/world_model/golden.h"
+
+namespace orrery {
+namespace {
+
+using ::testing::HasSubstr;
+using torch::Tensor;
+
+config::v1::Model Parse(const std::string& text) {
+  auto model = ParseModel(text);
+  EXPECT_OK(model);
+  return *model;
+}
+
+// Two modalities, image at 32×32.
+config::v1::Model SmallConfig(const std::string& more = "") {
+  return Parse(
+      "deterministic_size: 5 stochastic_size: 3 hidden_size: 4 activation: ELU conv_activation: TANH "
+      "action { continuous { size: 2 } } modalities { name: 'vector' vector { size: 4 layers: 2 hidden_size: 3 } } "
+      "modalities { name: 'image' image { channels: 1 height: 32 width: 32 depth: 1 scale: 0.03125 } } "
+      "reward { layers: 1 hidden_size: 4 } objective { free_nats: 0 " +
+      more + " }");
+}
+
+std::shared_ptr<WorldModel> Make(const config::v1::Model& config, uint64_t seed = 1) {
+  auto model = WorldModel::Create(config, seed);
+  EXPECT_OK(model);
+  return *model;
+}
+
+torch::Generator Seeded(uint64_t seed) { return at::make_generator<at::CPUGeneratorImpl>(seed); }
+
+Batch RandomBatch(const config::v1::Model& config, int64_t t, int64_t b, at::ScalarType type = at::kFloat) {
+  torch::Generator g = Seeded(7);
+  const auto draw = [&](at::IntArrayRef shape) { return at::randn(shape, g, at::TensorOptions(type)); };
+  Batch batch;
+  for (const auto& m : config.modalities()) {
+    batch.observations[m.name()] =
+        m.has_image() ? draw({t, b, m.image().channels(), m.image().height(), m.image().width()}) * 0.3
+                      : draw({t, b, m.vector().size()});
+  }
+  batch.action = draw({t, b, ActionSize(config)});
+  batch.reward = draw({t, b});
+  batch.is_first = at::zeros({t, b}, at::kByte);
+  batch.is_first[0][0] = 1;
+  batch.is_first[t / 2][b - 1] = 1;
+  return batch;
+}
+
+class GoldenTest : public ::testing::TestWithParam<std::string> {};
+
+TEST_P(GoldenTest, OutputsAndLossesMatch) {
+  const Golden golden = LoadGolden(GetParam());
+  torch::NoGradGuard no_grad;
+  const LossOutputs o = golden.model->Loss(golden.batch(), golden.noise(), /*with_overshooting=*/true);
+  const std::map<std::string, Tensor> actual = {
+      {"deter", o.deter},           {"stoch", o.stoch},
+      {"prior_mean", o.prior_mean}, {"prior_std", o.prior_std},
+      {"post_mean", o.post_mean},   {"post_std", o.post_std},
+      {"embed", o.embed},           {"recon", o.recon.at("image")},
+      {"reward_mean", o.reward_mean}, {"kl", o.kl},
+      {"loss_observation", o.loss_observation}, {"loss_reward", o.loss_reward},
+      {"loss_kl", o.loss_kl},       {"loss_overshooting", o.loss_overshooting},
+      {"loss_total", o.loss_total}};
+  for (const auto& [name, tensor] : golden.file.tensors) {
+    if (!absl::StartsWith(name, "expect/") || absl::StartsWith(name, "expect/plan")) continue;
+    const std::string key = name.substr(7);
+    ASSERT_TRUE(actual.count(key)) << key;
+    EXPECT_TRUE(Near(actual.at(key), tensor)) << key;
+  }
+}
+
+void ExpectGradients(const Golden& golden, const Tensor& loss, const std::string& prefix) {
+  const auto parameters = golden.model->named_parameters();
+  const auto gradients = torch::autograd::grad({loss}, parameters.values(), {}, true, false, /*allow_unused=*/true);
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    const auto expected = golden.file.tensors.find(prefix + parameters[i].key());
+    if (expected == golden.file.tensors.end()) {
+      EXPECT_FALSE(gradients[i].defined()) << parameters[i].key();
+    } else {
+      EXPECT_TRUE(Near(gradients[i], expected->second)) << parameters[i].key();
+    }
+  }
+}
+
+TEST_P(GoldenTest, EveryGradientMatches) {
+  const Golden golden = LoadGolden(GetParam());
+  const LossOutputs o = golden.model->Loss(golden.batch(), golden.noise(), /*with_overshooting=*/true);
+  ExpectGradients(golden, o.loss_total, "expect_grad/");
+  ExpectGradients(golden, o.loss_overshooting, "expect_grad_overshooting/");
+}
+
+INSTANTIATE_TEST_SUITE_P(Oracle, GoldenTest, ::testing::Values("planet", "planet_elu"));
+
+TEST(WorldModel, HasTheParametersOfTheDocumentation) {
+  const auto model = Make(SmallConfig());
+  std::vector<std::string> names;
+  for (const auto& p : model->named_parameters())
+    if (absl::EndsWith(p.key(), "weight") || absl::StrContains(p.key(), "gru")) names.push_back(p.key());
+  EXPECT_THAT(names, ::testing::UnorderedElementsAre(
+                         "encoder.image.conv1.weight", "encoder.image.conv2.weight", "encoder.image.conv3.weight",
+                         "encoder.vector.fc1.weight", "encoder.vector.fc2.weight", "decoder.image.input.weight",
+                         "decoder.image.deconv1.weight", "decoder.image.deconv2.weight", "decoder.image.deconv3.weight",
+                         "decoder.vector.fc1.weight", "decoder.vector.fc2.weight", "decoder.vector.out.weight",
+                         "rssm.input.weight", "rssm.gru.weight_ih", "rssm.gru.weight_hh", "rssm.gru.bias_ih",
+                         "rssm.gru.bias_hh", "rssm.prior.hidden.weight", "rssm.prior.out.weight",
+                         "rssm.posterior.hidden.weight", "rssm.posterior.out.weight", "reward.fc1.weight",
+                         "reward.out.weight"));
+  const auto parameters = model->named_parameters();
+  EXPECT_EQ(parameters["decoder.image.input.weight"].sizes(), (at::IntArrayRef{16, 8}));
+  EXPECT_EQ(parameters["decoder.image.deconv2.weight"].sizes(), (at::IntArrayRef{2, 1, 6, 6}));
+  EXPECT_EQ(parameters["rssm.posterior.hidden.weight"].sizes(), (at::IntArrayRef{4, 5 + 16 + 3}));
+}
+
+TEST(WorldModel, InitialisesFromTheSeedAlone) {
+  torch::manual_seed(3);
+  const Tensor before = at::rand({4});
+  torch::manual_seed(3);
+  const auto a = Make(SmallConfig(), 1), b = Make(SmallConfig(), 1), c = Make(SmallConfig(), 2);
+  EXPECT_TRUE(at::equal(before, at::rand({4}))) << "the global generator was used";
+  for (const auto& p : a->named_parameters()) {
+    EXPECT_TRUE(at::equal(p.value(), b->named_parameters()[p.key()]));
+    EXPECT_FALSE(at::equal(p.value(), c->named_parameters()[p.key()])) << p.key();
+  }
+  EXPECT_EQ(a->StructureHash(), c->StructureHash());
+  config::v1::Model other = SmallConfig();
+  other.set_deterministic_size(6);
+  EXPECT_NE(a->StructureHash(), Make(other)->StructureHash());
+}
+
+TEST(WorldModel, InitialisesInTorchsRange) {
+  const auto parameters = Make(SmallConfig())->named_parameters();
+  const auto largest = [&](const std::string& name) { return parameters[name].abs().max().item<double>(); };
+  EXPECT_LE(largest("encoder.image.conv2.weight"), 1 / std::sqrt(16.0));
+  EXPECT_GE(largest("encoder.image.conv2.weight"), 0.7 / std::sqrt(16.0));
+  EXPECT_LE(largest("rssm.gru.weight_ih"), 1 / std::sqrt(5.0));
+  EXPECT_LE(largest("decoder.image.deconv3.bias"), 1 / std::sqrt(36.0));
+}
+
+TEST(WorldModel, RefusesAModelWithoutModalities) {
+  EXPECT_THAT(WorldModel::Create(Parse("action { continuous { size: 2 } }"), 0),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("modalities")));
+}
+
+// The sequence operation against the step-by-step interface that acting uses.
+class ActivationTest : public ::testing::TestWithParam<config::v1::Model::Activation> {};
+
+TEST_P(ActivationTest, LossFollowsTheStepByStepModel) {
+  config::v1::Model config = SmallConfig("free_nats_rule: AVERAGED kl_scale: 0.75 reward_scale: 2");
+  config.set_activation(GetParam());
+  const auto model = Make(config);
+  model->to(at::kDouble);
+  const Batch batch = RandomBatch(config, 5, 3, at::kDouble);
+  const LossNoise noise{at::randn({5, 3, 3}, at::kDouble), {}};
+  const LossOutputs o = model->Loss(batch, noise, false);
+
+  LatentState state = model->InitialState(3);
+  Tensor kl_sum = at::zeros({}, at::kDouble), loss = at::zeros({}, at::kDouble);
+  for (int t = 0; t < 5; ++t) {
+    const Tensor keep = (1 - batch.is_first[t].to(at::kDouble)).unsqueeze(-1);
+    TensorMap row;
+    for (const auto& [name, x] : batch.observations) row[name] = x[t];
+    state.deter = model->Transition({state.deter * keep, state.stoch * keep}, batch.action[t] * keep);
+    const Gaussian p = model->Prior(state.deter), q = model->Posterior(state.deter, model->Encode(row));
+    state.stoch = q.mean + q.std * noise.posterior[t];
+    EXPECT_TRUE(Near(o.deter[t], state.deter, 1e-12));
+    EXPECT_TRUE(Near(o.stoch[t], state.stoch, 1e-12));
+    kl_sum = kl_sum + ((p.std / q.std).log() + (q.std.square() + (q.mean - p.mean).square()) / (2 * p.std.square()) - 0.5).sum();
+    const TensorMap recon = model->Decode(state);
+    loss = loss + 0.5 * 0.03125 * (recon.at("image") - batch.observations.at("image")[t]).square().sum() / 15 +
+           0.5 * (recon.at("vector") - batch.observations.at("vector")[t]).square().sum() / 15 +
+           (model->Reward(state) - batch.reward[t]).square().sum() / 15;  // 2 · ½
+  }
+  loss = loss + 0.75 * (kl_sum / 15).clamp_min(0);
+  EXPECT_TRUE(Near(o.loss_total, loss, 1e-10));
+  const auto parameters = model->parameters();
+  const auto actual = torch::autograd::grad({o.loss_total}, parameters), expected = torch::autograd::grad({loss}, parameters);
+  for (size_t i = 0; i < parameters.size(); ++i) EXPECT_TRUE(Near(actual[i], expected[i], 1e-8)) << i;
+}
+
+INSTANTIATE_TEST_SUITE_P(All, ActivationTest,
+                         ::testing::Values(config::v1::Model::RELU, config::v1::Model::ELU, config::v1::Model::TANH,
+                                           config::v1::Model::SILU));
+
+// Without overshooting: its targets are constants of the loss, which differences of the loss do not know.
+TEST(WorldModel, GradientsAreFiniteDifferences) {
+  const auto model = Make(SmallConfig());
+  model->to(at::kDouble);
+  const Batch batch = RandomBatch(model->config(), 4, 2, at::kDouble);
+  const LossNoise noise{at::randn({4, 2, 3}, at::kDouble), {}};
+  const auto loss = [&] { return model->Loss(batch, noise, false).loss_total; };
+  const auto parameters = model->named_parameters();
+  const auto gradients = torch::autograd::grad({loss()}, parameters.values());
+  torch::NoGradGuard no_grad;
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    Tensor flat = parameters[i].value().view(-1);
+    const int64_t at = flat.numel() / 2;
+    const double x = flat[at].item<double>(), h = 1e-5;
+    flat[at] = x + h;
+    const double up = loss().item<double>();
+    flat[at] = x - h;
+    const double down = loss().item<double>();
+    flat[at] = x;
+    const double slope = gradients[i].reshape(-1)[at].item<double>();
+    EXPECT_NEAR(slope, (up - down) / (2 * h), 1e-6 + 1e-5 * std::abs(slope)) << parameters[i].key();
+  }
+}
+
+TEST(WorldModel, TotalHoldsOvershootingAtItsScale) {
+  const auto model = Make(SmallConfig("overshooting { distance: 3 scale: 0.5 }"));
+  torch::NoGradGuard no_grad;
+  const Batch batch = RandomBatch(model->config(), 5, 2);
+  torch::Generator g = Seeded(1);
+  const LossOutputs o = model->Loss(batch, model->DrawNoise(5, 2, g, false), false);
+  ASSERT_TRUE(o.loss_overshooting.defined());
+  EXPECT_GT(o.loss_overshooting.item<float>(), 0);
+  EXPECT_TRUE(Near(o.loss_total, o.loss_observation + 10 * o.loss_reward + o.loss_kl + 0.5 * o.loss_overshooting, 1e-6));
+}
+
+TEST(WorldModel, OvershootingDistanceIsClampedToTheSequence) {
+  const auto far = Make(SmallConfig("overshooting { distance: 9 }")), near = Make(SmallConfig("overshooting { distance: 2 }"));
+  torch::NoGradGuard no_grad;
+  const Batch batch = RandomBatch(far->config(), 3, 2);
+  torch::Generator g = Seeded(1);
+  const LossNoise noise = far->DrawNoise(3, 2, g, true);
+  EXPECT_EQ(noise.overshooting.sizes(), (at::IntArrayRef{10, 3, 2, 3}));
+  EXPECT_TRUE(at::equal(far->Loss(batch, noise, true).loss_overshooting, near->Loss(batch, noise, true).loss_overshooting));
+  const Batch two = RandomBatch(far->config(), 2, 2);
+  EXPECT_EQ(far->Loss(two, far->DrawNoise(2, 2, g, true), true).loss_overshooting.item<float>(), 0);
+}
+
+// Whatever happened before a reset must not reach what comes after it.
+TEST(WorldModel, IsFirstForgetsThePast) {
+  const auto model = Make(SmallConfig());
+  torch::NoGradGuard no_grad;
+  Batch batch = RandomBatch(model->config(), 6, 2);
+  const LossNoise noise{at::randn({6, 2, 3}), {}};
+  const LossOutputs before = model->Loss(batch, noise, false);
+  batch.observations["vector"] = batch.observations["vector"].clone();
+  batch.observations["vector"].slice(0, 0, 3).add_(1);
+  batch.action = batch.action.clone();
+  batch.action[3].add_(1);  // the action into the reset row counts for nothing
+  const LossOutputs after = model->Loss(batch, noise, false);
+  EXPECT_TRUE(at::equal(before.stoch.slice(0, 3).select(1, 1), after.stoch.slice(0, 3).select(1, 1)));
+  EXPECT_FALSE(at::equal(before.stoch.slice(0, 3).select(1, 0), after.stoch.slice(0, 3).select(1, 0)));
+}
+
+TEST(WorldModel, PreprocessQuantisesAndCentresPictures) {
+  config::v1::Model config = SmallConfig();
+  const auto five = Make(config);
+  config.mutable_modalities(1)->mutable_image()->set_bits(8);
+  const auto eight = Make(config);
+  TensorMap stored{{"image", at::arange(1024, at::kByte).view({1, 32, 32, 1})}, {"vector", at::ones({1, 4})}};
+  const Tensor flat = stored["image"].view(-1).to(at::kFloat);
+  const TensorMap exact = five->Preprocess(stored, c10::nullopt);
+  EXPECT_EQ(exact.at("image").sizes(), (at::IntArrayRef{1, 1, 32, 32}));
+  EXPECT_FLOAT_EQ(exact.at("image").max().item<float>(), 0.46875);  // pixel 255
+  EXPECT_FLOAT_EQ(exact.at("image").min().item<float>(), -0.5);
+  EXPECT_TRUE(at::equal(exact.at("vector"), stored["vector"]));
+  torch::Generator g = Seeded(1);
+  const Tensor noise = five->Preprocess(stored, g).at("image") - exact.at("image");
+  EXPECT_GE(noise.min().item<float>(), -1e-7);
+  EXPECT_LT(noise.max().item<float>(), 1.0 / 32 + 1e-7);
+  EXPECT_NEAR(noise.mean().item<float>(), 1.0 / 64, 0.001);
+  EXPECT_FALSE(at::equal(five->Preprocess(stored, g).at("image") - exact.at("image"), noise)) << "not drawn afresh";
+  EXPECT_TRUE(Near(eight->Preprocess(stored, g).at("image").reshape(-1), flat / 255 - 0.5, 1e-6));
+}
+
+TEST(WorldModel, PreprocessMovesChannelsFirst) {
+  const auto model = Make(Parse("action { continuous { size: 1 } } modalities { name: 'image' image { height: 32 width: 32 bits: 8 depth: 2 } }"));
+  Tensor image = at::zeros({2, 3, 32, 32, 3}, at::kByte);
+  image[1][2][4][5][1] = 255;
+  const Tensor x = model->Preprocess({{"image", image}}, c10::nullopt).at("image");
+  EXPECT_EQ(x.sizes(), (at::IntArrayRef{2, 3, 3, 32, 32}));
+  EXPECT_FLOAT_EQ((x[1][2][1][4][5].item<float>()), 0.5);
+  EXPECT_FLOAT_EQ(x.sum().item<float>(), -0.5f * x.numel() + 1);
+}
+
+TEST(WorldModel, EncodesZerosForAMissingModality) {
+  const auto model = Make(SmallConfig());
+  torch::NoGradGuard no_grad;
+  const Tensor vector = at::randn({3, 4}), image = at::randn({3, 1, 32, 32});
+  const Tensor both = model->Encode({{"vector", vector}, {"image", image}}), one = model->Encode({{"vector", vector}});
+  EXPECT_EQ(both.sizes(), (at::IntArrayRef{3, 19}));  // image, then vector
+  EXPECT_TRUE(at::equal(one.slice(1, 16), both.slice(1, 16)));
+  EXPECT_EQ(one.slice(1, 0, 16).abs().max().item<float>(), 0);
+}
+
+TEST(WorldModel, VectorsWithoutLayersPassThrough) {
+  const auto model = Make(Parse("action { discrete { size: 3 } } modalities { name: 'v' vector { size: 4 layers: 0 } } reward { layers: 0 }"));
+  torch::NoGradGuard no_grad;
+  const Tensor x = at::randn({2, 4});
+  EXPECT_TRUE(at::equal(model->Encode({{"v", x}}), x));
+  EXPECT_EQ(model->Decode(model->InitialState(2)).at("v").sizes(), x.sizes());
+  EXPECT_EQ(model->Reward(model->InitialState(2)).sizes(), (at::IntArrayRef{2}));
+  EXPECT_EQ(model->action_size(), 3);
+}
+
+}  // namespace
+}  // namespace orrery
