@@ -1,0 +1,192 @@
+#include "libs/envs/mujoco_task.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <filesystem>
+#include <stdexcept>
+#include <utility>
+
+#include "absl/base/call_once.h"
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "libs/base/log.h"
+#include "libs/base/status.h"
+#include "libs/envs/renderer.h"
+
+namespace orrery {
+namespace {
+
+constexpr int kCamera = 0;  // as in PlaNet
+
+using ModelPtr = std::unique_ptr<mjModel, decltype(&mj_deleteModel)>;
+using DataPtr = std::unique_ptr<mjData, decltype(&mj_deleteData)>;
+
+// MuJoCo's own handlers write to a file in the working folder, and an error ends the process.
+void InstallMujocoHandlers() {
+  static absl::once_flag once;
+  absl::call_once(once, [] {
+    mju_user_warning = [](const char* message) { LogWarning("mujoco: {}", message); };
+    mju_user_error = [](const char* message) { throw std::runtime_error(message); };
+  });
+}
+
+absl::StatusOr<ModelPtr> LoadModel(const std::string& xml) {
+  const char* folder = std::getenv("ORRERY_SUITE");
+  const std::string path = absl::StrCat(folder != nullptr ? folder : ORRERY_SUITE_DIR, "/", xml);
+  std::error_code ignored;
+  if (!std::filesystem::is_regular_file(path, ignored)) {
+    return absl::NotFoundError(absl::StrCat("task file ", path, " does not exist: run tools/setup.sh, or set ORRERY_SUITE ",
+                                            "to the folder dm_control/suite"));
+  }
+  char error[1000] = "";
+  ModelPtr model(mj_loadXML(path.c_str(), nullptr, error, sizeof(error)), &mj_deleteModel);
+  if (model == nullptr) {
+    // A file that it includes is missing, or one of them is damaged.
+    const auto code = absl::StrContains(error, "Error opening file") ? absl::StatusCode::kNotFound
+                                                                     : absl::StatusCode::kFailedPrecondition;
+    return absl::Status(code, absl::StrCat("MuJoCo cannot read ", path, " (tools/setup.sh installs it): ", error));
+  }
+  return model;
+}
+
+class MujocoSimulator : public Simulator {
+ public:
+  MujocoSimulator(const MujocoTask& task, ModelPtr model, int image_size, EnvironmentOptions::Quality quality)
+      : task_(task),
+        image_size_(image_size),
+        quality_(quality),
+        substeps_(task.control_timestep > 0 ? static_cast<int>(std::lround(task.control_timestep / model->opt.timestep)) : 1),
+        model_(std::move(model)),
+        data_(mj_makeData(model_.get()), &mj_deleteData) {
+    for (int i = 0; i < model_->nu; ++i) {
+      const mjtNum* range = model_->actuator_ctrlrange + 2 * i;
+      range_.emplace_back(range[0], range[1]);
+    }
+  }
+
+  const std::vector<std::pair<double, double>>& action_range() const override { return range_; }
+  int time_limit() const override {
+    return static_cast<int>(std::ceil(task_.time_limit / (model_->opt.timestep * substeps_)));
+  }
+
+  absl::Status Reset(uint64_t seed) override {
+    return ResetWith([&] {
+      StartRandom random(seed);
+      task_.initialise(*model_, *data_, random);
+    });
+  }
+
+  absl::Status ResetTo(std::optional<absl::Span<const double>> qpos,
+                       std::optional<absl::Span<const double>> qvel) override {
+    if (qpos.has_value()) RETURN_IF_ERROR(CheckNumbers(*qpos, model_->nq, "qpos"));
+    if (qvel.has_value()) RETURN_IF_ERROR(CheckNumbers(*qvel, model_->nv, "qvel"));
+    return ResetWith([&] {
+      if (qpos.has_value()) mju_copy(data_->qpos, qpos->data(), model_->nq);
+      if (qvel.has_value()) mju_copy(data_->qvel, qvel->data(), model_->nv);
+    });
+  }
+
+  absl::StatusOr<double> Step(absl::Span<const double> action) override {
+    mju_copy(data_->ctrl, action.data(), model_->nu);
+    RETURN_IF_ERROR(Simulate([this] {
+      // dm_control's order ("legacy step"): afterwards everything that depends on position and velocity is up to date.
+      if (model_->opt.integrator == mjINT_RK4) {
+        for (int i = 0; i < substeps_; ++i) mj_step(model_.get(), data_.get());
+      } else {
+        mj_step2(model_.get(), data_.get());
+        for (int i = 1; i < substeps_; ++i) mj_step(model_.get(), data_.get());
+      }
+      mj_step1(model_.get(), data_.get());
+    }));
+    return task_.reward(*model_, *data_);
+  }
+
+  ArrayMap State() const override {
+    ArrayMap state;
+    for (const auto& [name, values] : task_.observe(*model_, *data_)) {
+      state[name] = Array::From<double>(values, {static_cast<int64_t>(values.size())});
+    }
+    state["qpos"] = Array::From<double>(absl::MakeSpan(data_->qpos, model_->nq), {model_->nq});
+    state["qvel"] = Array::From<double>(absl::MakeSpan(data_->qvel, model_->nv), {model_->nv});
+    return state;
+  }
+
+  absl::StatusOr<Array> Image() override {
+    if (quality_ == EnvironmentOptions::Quality::kReference) return Render(image_size_, image_size_);
+    if (fast_renderer_ == nullptr) {
+      ASSIGN_OR_RETURN(fast_renderer_, Renderer::Create(*model_, image_size_, image_size_, quality_));
+    }
+    return fast_renderer_->Draw(*model_, *data_, kCamera, image_size_, image_size_);
+  }
+
+  absl::StatusOr<Array> Render(int height, int width) override {
+    if (renderer_ == nullptr) {
+      // The buffer has the model's own size, as dm_control's.
+      const auto& buffer = model_->vis.global;
+      ASSIGN_OR_RETURN(renderer_, Renderer::Create(*model_, buffer.offheight, buffer.offwidth,
+                                                   EnvironmentOptions::Quality::kReference));
+    }
+    return renderer_->Draw(*model_, *data_, kCamera, height, width);
+  }
+
+ private:
+  // dm_control's reset: forward without actuation before and after the start is set.
+  template <typename F>
+  absl::Status ResetWith(F&& set_start) {
+    return Simulate([&] {
+      mj_resetData(model_.get(), data_.get());
+      ForwardWithoutActuation();
+      set_start();
+      ForwardWithoutActuation();
+    });
+  }
+
+  void ForwardWithoutActuation() {
+    const int flags = model_->opt.disableflags;
+    model_->opt.disableflags |= mjDSBL_ACTUATION;
+    mj_forward(model_.get(), data_.get());
+    model_->opt.disableflags = flags;
+  }
+
+  // Runs `f`; OUT_OF_RANGE if MuJoCo warned of a state it cannot simulate (it then resets the state by itself).
+  template <typename F>
+  absl::Status Simulate(F&& f) {
+    for (mjWarningStat& warning : data_->warning) warning.number = 0;
+    RETURN_IF_ERROR(CatchExceptions(task_.name, [&] {
+      f();
+      return absl::OkStatus();
+    }));
+    for (int i = 0; i < mjNWARNING; ++i) {
+      if (data_->warning[i].number > 0) {
+        return absl::OutOfRangeError(absl::StrCat(task_.name, " cannot be simulated further: ",
+                                                  mju_warningText(i, data_->warning[i].lastinfo)));
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  // Constant after construction.
+  const MujocoTask task_;
+  const int image_size_;
+  const EnvironmentOptions::Quality quality_;
+  const int substeps_;
+  std::vector<std::pair<double, double>> range_;
+
+  const ModelPtr model_;
+  const DataPtr data_;
+  std::unique_ptr<Renderer> renderer_;       // reference quality; made at its first picture
+  std::unique_ptr<Renderer> fast_renderer_;  // made at its first picture
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Simulator>> MakeMujocoSimulator(const MujocoTask& task, int image_size,
+                                                               EnvironmentOptions::Quality quality) {
+  InstallMujocoHandlers();
+  return CatchExceptions(task.name, [&]() -> absl::StatusOr<std::unique_ptr<Simulator>> {
+    ASSIGN_OR_RETURN(ModelPtr model, LoadModel(task.xml));
+    return std::make_unique<MujocoSimulator>(task, std::move(model), image_size, quality);
+  });
+}
+
+}  // namespace orrery

@@ -1,0 +1,23 @@
+#include "libs/envs/rewards.h"
+
+#include <cmath>
+
+namespace orrery {
+
+double Tolerance(double x, double low, double high, double margin, Sigmoid sigmoid, double value_at_margin) {
+  if (low <= x && x <= high) return 1;
+  const double distance = (x < low ? low - x : x - high) / margin;
+  switch (sigmoid) {
+    case Sigmoid::kGaussian: {
+      const double scaled = distance * std::sqrt(-2 * std::log(value_at_margin));
+      return std::exp(-0.5 * scaled * scaled);
+    }
+    case Sigmoid::kQuadratic: {
+      const double scaled = distance * std::sqrt(1 - value_at_margin);
+      return std::abs(scaled) < 1 ? 1 - scaled * scaled : 0;
+    }
+  }
+  return 0;
+}
+
+}  // namespace orrery
