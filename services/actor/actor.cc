@@ -1,0 +1,489 @@
+#include "services/actor/actor.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "absl/strings/str_format.h"
+#include "libs/base/log.h"
+#include "libs/base/random.h"
+#include "libs/base/status.h"
+#include "libs/client/status.h"
+#include "libs/replay/chunk_codec.h"
+#include "libs/telemetry/metrics.h"
+
+namespace orrery {
+namespace {
+
+// Waits on replay are cut into slices of this length, so that Stop is noticed.
+constexpr absl::Duration kSlice = absl::Milliseconds(800);
+// While other episodes run, idle environments ask only briefly and seldom.
+constexpr absl::Duration kBriefWait = absl::Milliseconds(200);
+constexpr absl::Duration kBeginInterval = absl::Seconds(1);
+constexpr absl::Duration kFinishTimeout = absl::Seconds(5);
+
+const char* Name(EpisodeMode mode) {
+  switch (mode) {
+    case EpisodeMode::kRandom: return "random";
+    case EpisodeMode::kTrain: return "train";
+    case EpisodeMode::kEvaluate: return "evaluate";
+  }
+  return "unknown";
+}
+
+bool IsTransient(const absl::Status& status) {
+  return absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status) || absl::IsResourceExhausted(status) ||
+         absl::IsAborted(status) || absl::IsCancelled(status);
+}
+
+// DType has the numbers of common.v1.DataType.
+void ToProto(const std::string& name, const Array& array, common::v1::NamedTensor* out) {
+  out->set_name(name);
+  common::v1::Tensor* tensor = out->mutable_tensor();
+  tensor->set_data_type(static_cast<common::v1::DataType>(array.dtype));
+  for (int64_t size : array.shape) tensor->add_shape(size);
+  tensor->set_data(array.bytes);
+}
+
+// [-1, 1) with 24 random bits: the same on every machine, unlike std::uniform_real_distribution.
+float UniformAction(std::mt19937_64& random) {
+  return static_cast<float>(random() >> 40) * (2.0f / (1 << 24)) - 1.0f;
+}
+
+// Arrays of one field, one per row, as one array [rows, …].
+Array Stack(const std::vector<const Array*>& rows) {
+  Array all{rows[0]->dtype, rows[0]->shape, std::string()};
+  all.shape.insert(all.shape.begin(), static_cast<int64_t>(rows.size()));
+  all.bytes.reserve(rows.size() * rows[0]->bytes.size());
+  for (const Array* row : rows) all.bytes += row->bytes;
+  return all;
+}
+
+}  // namespace
+
+EnvironmentOptions MakeEnvironmentOptions(const config::v1::Experiment& experiment, const std::string& task) {
+  const config::v1::Environment& environment = experiment.environment();
+  EnvironmentOptions options;
+  options.task = task.empty() ? environment.task() : task;
+  options.action_repeat = environment.action_repeat();
+  options.image_size = environment.image_size();
+  options.quality = environment.quality() == config::v1::Environment::REFERENCE
+                        ? EnvironmentOptions::Quality::kReference
+                        : EnvironmentOptions::Quality::kFast;
+  options.time_limit = environment.has_time_limit() ? environment.time_limit() : 0;
+  return options;
+}
+
+std::vector<float> RandomAction(const ActionSpec& spec, std::mt19937_64& random) {
+  std::vector<float> action(spec.size, 0.0f);
+  if (spec.discrete) {
+    action[random() % action.size()] = 1.0f;
+  } else {
+    for (float& value : action) value = UniformAction(random);
+  }
+  return action;
+}
+
+planner::v1::Slot MakeSlot(const ArrayMap& observation, const std::string& belief,
+                           const std::vector<float>& previous_action, uint64_t seed) {
+  planner::v1::Slot slot;
+  for (const auto& [name, value] : observation) ToProto(name, value, slot.add_observations());
+  if (!belief.empty()) {
+    slot.set_belief(belief);
+    slot.mutable_previous_action()->Add(previous_action.begin(), previous_action.end());
+  }
+  slot.set_seed(seed);
+  return slot;
+}
+
+struct Actor::Metrics {
+  explicit Metrics(prometheus::Registry& r)
+      : registry(r),
+        step_seconds(AddHistogram(r, "actor_env_step_seconds", "Seconds of one environment step with its action repeat",
+                                  SecondsBuckets())),
+        wait_seconds(AddHistogram(r, "actor_action_wait_seconds", "Seconds waited for one answer of the planner",
+                                  SecondsBuckets())),
+        unacknowledged(AddGauge(r, "actor_unacknowledged_bytes", "Bytes of chunks sent and not yet acknowledged")) {}
+  prometheus::Counter& Steps(const std::string& task) {
+    return AddCounter(registry, "actor_env_steps_total", "Simulator steps, action repeat counted", {{"task", task}});
+  }
+  prometheus::Counter& Episodes(const std::string& task) {
+    return AddCounter(registry, "actor_episodes_total", "Episodes played to their end", {{"task", task}});
+  }
+  prometheus::Gauge& Return(const std::string& task, EpisodeMode mode) {
+    return AddGauge(registry, "actor_episode_return", "Return of the last episode",
+                    {{"task", task}, {"mode", Name(mode)}});
+  }
+  prometheus::Registry& registry;
+  prometheus::Histogram& step_seconds;
+  prometheus::Histogram& wait_seconds;
+  prometheus::Gauge& unacknowledged;
+};
+
+Actor::Actor(ActorOptions options)
+    : options_(std::move(options)),
+      alternate_(options_.experiment.learning().schedule() == config::v1::Learning::ALTERNATE),
+      planner_(planner::v1::PlannerService::NewStub(options_.planner)),
+      replay_(std::make_unique<ReplayClient>(options_.replay, options_.experiment.name())),
+      writer_(ReplayWriter::Create(
+          options_.replay, options_.experiment.name(),
+          {.max_unacknowledged_bytes = options_.experiment.collection().max_unacknowledged_bytes(),
+           .heartbeat = absl::Seconds(std::max(1.0, options_.experiment.collection().lease_seconds() / 6.0))})),
+      metrics_(std::make_unique<Metrics>(*options_.registry)),
+      players_(options_.experiment.collection().environments()) {}
+
+Actor::~Actor() = default;
+
+absl::StatusOr<std::unique_ptr<Actor>> Actor::Create(ActorOptions options) {
+  if (!options.make_environment) options.make_environment = MakeEnvironment;
+  std::unique_ptr<Actor> actor(new Actor(std::move(options)));
+  for (Player& player : actor->players_) {
+    RETURN_IF_ERROR(actor->MakePlayer(player, actor->options_.experiment.environment().task()));
+  }
+  return actor;
+}
+
+absl::Status Actor::MakePlayer(Player& player, const std::string& task) {
+  if (player.environment != nullptr && player.task == task) return absl::OkStatus();
+  ASSIGN_OR_RETURN(player.environment,
+                   options_.make_environment(MakeEnvironmentOptions(options_.experiment, task)));
+  player.task = task;
+  const EnvironmentSpec& spec = player.environment->spec();
+  if (specification_hash_ == 0) {
+    spec_ = spec;
+    specification_hash_ = Hash(spec);
+  } else if (!(spec == spec_)) {
+    return absl::FailedPreconditionError(absl::StrFormat(
+        "task '%s' has other observations or actions than task '%s' of the configuration", task,
+        options_.experiment.environment().task()));
+  }
+  return absl::OkStatus();
+}
+
+bool Actor::Stopped() const {
+  absl::MutexLock lock(&mu_);
+  return stopped_;
+}
+
+void Actor::Stop() {
+  absl::MutexLock lock(&mu_);
+  stopped_ = true;
+  stop_changed_.SignalAll();
+  if (act_in_flight_ != nullptr) act_in_flight_->TryCancel();
+}
+
+void Actor::Pause(absl::Duration duration) {
+  const absl::Time until = absl::Now() + duration;
+  absl::MutexLock lock(&mu_);
+  while (!stopped_ && !stop_changed_.WaitWithDeadline(&mu_, until)) {
+  }
+}
+
+int Actor::Running() const {
+  return static_cast<int>(std::count_if(players_.begin(), players_.end(), [](const Player& p) { return p.running; }));
+}
+
+absl::Status Actor::Run() {
+  absl::StatusOr<bool> more = true;
+  while (more.ok() && *more) more = Step();
+  Finish();
+  return more.status();
+}
+
+absl::StatusOr<bool> Actor::Step() {
+  if (Stopped()) return false;
+  ASSIGN_OR_RETURN(const bool more, BeginEpisodes());
+  if (!more) return false;
+  ASSIGN_OR_RETURN(std::vector<Decision> decisions, Decide());
+  for (size_t i = 0; i < players_.size(); ++i) {
+    if (!decisions[i].action.empty()) RETURN_IF_ERROR(Advance(players_[i], std::move(decisions[i])));
+  }
+  metrics_->unacknowledged.Set(static_cast<double>(writer_->unacknowledged_bytes()));
+  return true;
+}
+
+void Actor::Finish() {
+  const absl::Time deadline = absl::Now() + kFinishTimeout;
+  for (Player& player : players_) {
+    if (!player.running) continue;
+    const absl::Status status = End(player, EpisodeEnd::kTruncated);
+    if (!status.ok()) LogWarning("episode cut short could not be sent: {}", status.ToString());
+  }
+  FlushBefore(deadline);
+  metrics_->unacknowledged.Set(static_cast<double>(writer_->unacknowledged_bytes()));
+}
+
+absl::StatusOr<bool> Actor::BeginEpisodes() {
+  bool begun = false;
+  for (Player& player : players_) {
+    if (complete_ || Stopped()) break;
+    if (player.running) continue;
+    const int running = Running();
+    if (running > 0) {
+      // Planned episodes of ALTERNATE run alone.
+      const bool alone = alternate_ && std::any_of(players_.begin(), players_.end(), [](const Player& p) {
+                           return p.running && p.assignment.mode != EpisodeMode::kRandom;
+                         });
+      if (alone || absl::Now() < next_begin_) break;
+    }
+    auto episode = replay_->BeginEpisode(options_.actor_id, specification_hash_,
+                                         absl::Now() + (running > 0 ? kBriefWait : kSlice));
+    if (!episode.ok() && !IsTransient(episode.status())) return Annotate(episode.status(), "beginning an episode");
+    if (!episode.ok()) {
+      if (!replay_away_) LogWarning("replay is away, trying again: {}", episode.status().ToString());
+      replay_away_ = true;
+      next_begin_ = absl::Now() + kBeginInterval;
+      if (running == 0) Pause(replay_backoff_.Next());
+      break;
+    }
+    if (replay_away_) LogInfo("replay is back");
+    replay_away_ = false;
+    replay_backoff_.Reset();
+    if (!episode->has_value()) {
+      next_begin_ = absl::Now() + kBeginInterval;
+      break;
+    }
+    if ((*episode)->assignment.run_complete) {
+      complete_ = true;
+      break;
+    }
+    RETURN_IF_ERROR(Begin(player, **episode));
+    begun = true;
+  }
+  if (begun) RenewLeases();
+  return !complete_ || Running() > 0;
+}
+
+absl::Status Actor::Begin(Player& player, const ReplayClient::Episode& episode) {
+  RETURN_IF_ERROR(MakePlayer(player, episode.task.empty() ? player.task : episode.task));
+  ASSIGN_OR_RETURN(TimeStep first, player.environment->Reset(episode.assignment.seed));
+  player.running = true;
+  player.assignment = episode.assignment;
+  player.begin = absl::Now();
+  player.random.seed(DeriveSeed(episode.assignment.seed, "random_actions"));
+  player.belief.clear();
+  player.previous_action.clear();
+  player.decisions = 0;
+  player.episode_return = 0;
+  player.rows.clear();
+  player.actions.clear();
+  player.first_row = 0;
+  player.version = {};
+  player.rows.push_back(std::move(first));
+  player.actions.emplace_back(spec_.action.size, 0.0f);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::vector<Actor::Decision>> Actor::Decide() {
+  std::vector<Decision> decisions(players_.size());
+  std::vector<Player*> planned;
+  std::vector<size_t> index;
+  for (size_t i = 0; i < players_.size(); ++i) {
+    if (!players_[i].running) continue;
+    if (players_[i].assignment.mode == EpisodeMode::kRandom) {
+      decisions[i].action = RandomAction(spec_.action, players_[i].random);
+    } else {
+      planned.push_back(&players_[i]);
+      index.push_back(i);
+    }
+  }
+  if (planned.empty()) return decisions;
+  if (const absl::Duration wait = next_act_ - absl::Now(); wait > absl::ZeroDuration()) {
+    if (static_cast<int>(planned.size()) < Running()) return decisions;  // random episodes go on meanwhile
+    Pause(wait);
+  }
+  planner::v1::ActResponse response;
+  ASSIGN_OR_RETURN(const bool answered, Act(planned, response));
+  if (!answered) return decisions;
+  const SnapshotVersion version{response.snapshot_version().generation(), response.snapshot_version().counter()};
+  for (size_t k = 0; k < planned.size(); ++k) {
+    planner::v1::SlotResult& result = *response.mutable_results(static_cast<int>(k));
+    decisions[index[k]] = {{result.action().begin(), result.action().end()}, version};
+    planned[k]->belief = std::move(*result.mutable_belief());
+  }
+  return decisions;
+}
+
+absl::Status Actor::ActOnce(const std::vector<Player*>& planned, planner::v1::ActResponse& response) {
+  planner::v1::ActRequest request;
+  request.set_client_id(options_.actor_id);
+  request.set_priority(planner::v1::EXPLORATION);
+  for (const Player* player : planned) {
+    const uint64_t seed = DeriveSeed(player->assignment.seed, "act", static_cast<uint64_t>(player->decisions));
+    planner::v1::Slot& slot = *request.add_slots();
+    slot = MakeSlot(player->rows.back().observation, player->belief, player->previous_action, seed);
+    if (player->assignment.mode == EpisodeMode::kTrain) {
+      slot.set_exploration_noise(options_.experiment.collection().exploration_noise());
+    } else {
+      request.set_priority(planner::v1::EVALUATION);
+    }
+  }
+  grpc::ClientContext context;
+  context.set_deadline(absl::ToChronoTime(absl::Now() + options_.act_timeout));
+  {
+    absl::MutexLock lock(&mu_);
+    if (stopped_) return absl::CancelledError("stopped");
+    act_in_flight_ = &context;
+  }
+  const absl::Time begin = absl::Now();
+  const absl::Status status = FromGrpc(planner_->Act(&context, request, &response));
+  metrics_->wait_seconds.Observe(absl::ToDoubleSeconds(absl::Now() - begin));
+  absl::MutexLock lock(&mu_);
+  act_in_flight_ = nullptr;
+  return status;
+}
+
+absl::StatusOr<bool> Actor::Act(const std::vector<Player*>& planned, planner::v1::ActResponse& response) {
+  absl::Status status = ActOnce(planned, response);
+  const bool has_belief =
+      std::any_of(planned.begin(), planned.end(), [](const Player* p) { return !p->belief.empty(); });
+  if (has_belief && (absl::IsFailedPrecondition(status) || absl::IsInvalidArgument(status))) {
+    // A model of another structure has taken over: begin new beliefs in the middle of the episodes.
+    LogWarning("the planner refused a belief, beginning new ones: {}", status.ToString());
+    for (Player* player : planned) player->belief.clear();
+    response.Clear();
+    status = ActOnce(planned, response);
+  }
+  if (!status.ok()) {
+    if (!IsTransient(status)) return Annotate(status, "asking the planner");
+    if (!planner_away_ && !Stopped()) LogWarning("the planner does not answer, trying again: {}", status.ToString());
+    planner_away_ = true;
+    next_act_ = absl::Now() + planner_backoff_.Next();
+    return false;
+  }
+  if (planner_away_) LogInfo("the planner answers again");
+  planner_away_ = false;
+  planner_backoff_.Reset();
+  if (response.results_size() != static_cast<int>(planned.size())) {
+    return absl::InternalError(absl::StrFormat("the planner answered %d slots, expected %d", response.results_size(),
+                                               static_cast<int>(planned.size())));
+  }
+  for (const planner::v1::SlotResult& result : response.results()) {
+    if (result.action_size() != spec_.action.size) {
+      return absl::InternalError(absl::StrFormat("the planner answered with an action of %d numbers, expected %d",
+                                                 result.action_size(), spec_.action.size));
+    }
+  }
+  return true;
+}
+
+absl::Status Actor::Advance(Player& player, Decision decision) {
+  const absl::Time begin = absl::Now();
+  ASSIGN_OR_RETURN(TimeStep next, player.environment->Step(decision.action));
+  metrics_->step_seconds.Observe(absl::ToDoubleSeconds(absl::Now() - begin));
+  metrics_->Steps(player.task).Increment(options_.experiment.environment().action_repeat());
+  if (static_cast<int>(player.rows.size()) >= options_.experiment.replay().chunk_rows()) {
+    RETURN_IF_ERROR(SendRows(player, EpisodeEnd::kContinues));
+    if (!player.running) return absl::OkStatus();  // refused by replay
+  }
+  player.decisions += 1;
+  player.episode_return += next.reward;
+  player.version = std::max(player.version, decision.version);
+  player.previous_action = decision.action;
+  const bool terminal = next.is_terminal;
+  const bool last = next.is_last || terminal;
+  player.rows.push_back(std::move(next));
+  player.actions.push_back(std::move(decision.action));
+  if (!last) return absl::OkStatus();
+  RETURN_IF_ERROR(End(player, terminal ? EpisodeEnd::kTerminated : EpisodeEnd::kTruncated));
+  // The next episode of ALTERNATE depends on this one: everything must be in the store before it is asked for.
+  if (alternate_) FlushBefore(absl::InfiniteFuture());
+  return absl::OkStatus();
+}
+
+absl::Status Actor::SendRows(Player& player, EpisodeEnd end) {
+  const size_t n = player.rows.size();
+  ArrayMap fields;
+  std::vector<const Array*> column(n);
+  for (const TensorSpec& modality : spec_.observations) {
+    for (size_t i = 0; i < n; ++i) {
+      auto found = player.rows[i].observation.find(modality.name);
+      if (found == player.rows[i].observation.end()) {
+        return absl::InternalError(absl::StrFormat("task '%s' gave no '%s'", player.task, modality.name));
+      }
+      column[i] = &found->second;
+    }
+    fields[modality.name] = Stack(column);
+  }
+  std::vector<float> actions, rewards;
+  std::vector<uint8_t> is_first, is_terminal;
+  Chunk chunk;
+  for (size_t i = 0; i < n; ++i) {
+    actions.insert(actions.end(), player.actions[i].begin(), player.actions[i].end());
+    rewards.push_back(static_cast<float>(player.rows[i].reward));
+    chunk.info.reward_sum += player.rows[i].reward;
+    is_first.push_back(player.first_row == 0 && i == 0);
+    is_terminal.push_back(player.rows[i].is_terminal);
+  }
+  const int64_t rows = static_cast<int64_t>(n);
+  fields[kAction] = Array::From<float>(actions, {rows, spec_.action.size});
+  fields[kReward] = Array::From<float>(rewards, {rows});
+  fields[kIsFirst] = Array::From<uint8_t>(is_first, {rows});
+  fields[kIsTerminal] = Array::From<uint8_t>(is_terminal, {rows});
+  ASSIGN_OR_RETURN(chunk.payload, EncodeRows(fields));
+  chunk.run_id = player.assignment.run_id;
+  chunk.info.key = {player.assignment.episode_id, player.first_row};
+  chunk.info.rows = static_cast<int32_t>(n);
+  chunk.info.mode = player.assignment.mode;
+  chunk.info.end = end;
+  chunk.info.specification_hash = specification_hash_;
+  chunk.info.snapshot_version = player.version;
+  chunk.info.payload_bytes = static_cast<int64_t>(chunk.payload.size());
+  player.rows.clear();
+  player.actions.clear();
+  player.first_row += rows;
+  player.version = {};
+  // After Stop a full queue gets one more slice, then the rows are given up.
+  absl::Status status;
+  do {
+    status = writer_->Append(chunk, absl::Now() + kSlice);
+  } while (absl::IsDeadlineExceeded(status) && !Stopped());
+  if (!status.ok()) Drop(player, status);
+  return absl::OkStatus();
+}
+
+absl::Status Actor::End(Player& player, EpisodeEnd end) {
+  RETURN_IF_ERROR(SendRows(player, end));
+  if (!player.running) return absl::OkStatus();  // refused by replay
+  player.running = false;
+  RenewLeases();
+  EpisodeSummary summary;
+  summary.episode_id = player.assignment.episode_id;
+  summary.mode = player.assignment.mode;
+  summary.end = end;
+  summary.task = player.task;
+  summary.episode_return = player.episode_return;
+  summary.rows = player.decisions + 1;
+  summary.environment_steps = player.decisions * options_.experiment.environment().action_repeat();
+  summary.seconds = absl::ToDoubleSeconds(absl::Now() - player.begin);
+  metrics_->Episodes(player.task).Increment();
+  metrics_->Return(player.task, summary.mode).Set(summary.episode_return);
+  if (options_.on_episode) options_.on_episode(summary);
+  return absl::OkStatus();
+}
+
+void Actor::Drop(Player& player, const absl::Status& why) {
+  LogWarning("episode dropped episode={} rows={}: {}", player.assignment.episode_id, player.decisions + 1,
+             why.ToString());
+  player.running = false;
+  RenewLeases();
+}
+
+void Actor::FlushBefore(absl::Time deadline) {
+  absl::Status status;
+  do {
+    status = writer_->Flush(std::min(deadline, absl::Now() + kSlice));
+  } while (absl::IsDeadlineExceeded(status) && absl::Now() < deadline &&
+           (deadline != absl::InfiniteFuture() || !Stopped()));
+  if (!status.ok() && !Stopped()) LogWarning("rows are not acknowledged: {}", status.ToString());
+}
+
+void Actor::RenewLeases() {
+  std::vector<int64_t> ids;
+  for (const Player& player : players_) {
+    if (player.running) ids.push_back(player.assignment.episode_id);
+  }
+  writer_->KeepAlive(std::move(ids));
+}
+
+}  // namespace orrery
