@@ -3,6 +3,7 @@
 #include "absl/strings/match.h"
 #include "libs/base/status_matchers.h"
 #include "libs/world_model/golden.h"
+#include "libs/world_model/imagine.h"
 
 namespace orrery {
 namespace {
@@ -288,6 +289,29 @@ TEST(WorldModel, EncodesZerosForAMissingModality) {
   EXPECT_EQ(both.sizes(), (at::IntArrayRef{3, 19}));  // image, then vector
   EXPECT_TRUE(at::equal(one.slice(1, 16), both.slice(1, 16)));
   EXPECT_EQ(one.slice(1, 0, 16).abs().max().item<float>(), 0);
+}
+
+TEST(Imagine, FiltersThenPredicts) {
+  const auto model = Make(SmallConfig());
+  Batch batch = RandomBatch(model->config(), 6, 2);
+  batch.is_first.slice(0, 1).zero_();
+  const Tensor noise = at::randn({6, 2, 3});
+  torch::NoGradGuard no_grad;
+  const LossOutputs filtered = model->Loss(batch, {noise, {}}, false);
+  const Imagined all = Imagine(*model, batch, 6, noise), some = Imagine(*model, batch, 2, noise);
+  for (const char* name : {"image", "vector"}) {
+    EXPECT_TRUE(Near(all.recon.at(name), filtered.recon.at(name), 1e-5));
+    EXPECT_TRUE(Near(some.recon.at(name).slice(0, 0, 2), filtered.recon.at(name).slice(0, 0, 2), 1e-5));
+    EXPECT_FALSE(Near(some.recon.at(name)[3], filtered.recon.at(name)[3], 1e-5));
+  }
+  EXPECT_TRUE(Near(all.reward_mean, filtered.reward_mean, 1e-5));
+  // What comes after the context is not looked at.
+  Batch blind = batch;
+  for (auto& [name, x] : blind.observations) x = x.clone().slice(0, 0, 2);
+  EXPECT_TRUE(at::equal(Imagine(*model, blind, 2, noise).reward_mean, some.reward_mean));
+  batch.observations["vector"] = batch.observations["vector"].clone();
+  batch.observations["vector"].slice(0, 2).add_(1);
+  EXPECT_TRUE(at::equal(Imagine(*model, batch, 2, noise).recon.at("image"), some.recon.at("image")));
 }
 
 TEST(WorldModel, VectorsWithoutLayersPassThrough) {

@@ -1,0 +1,200 @@
+#include "libs/learning/update.h"
+
+#include <cmath>
+
+#include "libs/base/status_matchers.h"
+#include "libs/world_model/golden.h"
+
+namespace orrery {
+namespace {
+
+using ::testing::HasSubstr;
+using torch::Tensor;
+
+constexpr char kModel[] =
+    "deterministic_size: 8 stochastic_size: 3 hidden_size: 7 activation: ELU action { continuous { size: 2 } } "
+    "modalities { name: 'v' vector { size: 4 layers: 1 hidden_size: 6 } } reward { layers: 1 hidden_size: 5 } "
+    "objective { free_nats: 0 overshooting { distance: 3 scale: 0.5 } }";
+
+std::shared_ptr<WorldModel> MakeModel() {
+  auto config = ParseModel(kModel);
+  EXPECT_OK(config);
+  auto model = WorldModel::Create(*config, 1);
+  EXPECT_OK(model);
+  return *model;
+}
+
+torch::Generator Seeded(uint64_t seed) { return at::make_generator<at::CPUGeneratorImpl>(seed); }
+
+Batch MakeBatch(uint64_t seed) {
+  torch::Generator g = Seeded(seed);
+  Batch batch;
+  batch.observations["v"] = at::randn({6, 3, 4}, g, at::kFloat);
+  batch.action = at::rand({6, 3, 2}, g, at::kFloat);
+  batch.reward = at::randn({6, 3}, g, at::kFloat);
+  batch.is_first = at::zeros({6, 3}, at::kByte);
+  return batch;
+}
+
+config::v1::Learning Options(double clip = 1000) {
+  config::v1::Learning learning;
+  learning.set_learning_rate(0.01);
+  learning.set_gradient_clip(clip);
+  return learning;
+}
+
+TensorMap Parameters(const WorldModel& model) {
+  TensorMap parameters;
+  for (const auto& p : model.named_parameters()) parameters[p.key()] = p.value().detach().clone();
+  return parameters;
+}
+
+// The same names and numbers, bit for bit.
+bool Same(const TensorMap& a, const TensorMap& b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(),
+                    [](const auto& x, const auto& y) { return x.first == y.first && at::equal(x.second, y.second); });
+}
+
+TEST(ComputeLoss, IsTheGoldenLossWithItsGradients) {
+  const Golden golden = LoadGolden("planet");
+  ASSERT_OK_AND_ASSIGN(const LossAndGradients loss,
+                       ComputeLoss(*golden.model, golden.batch(), golden.noise(), true, true));
+  EXPECT_TRUE(Near(loss.outputs.loss_total, golden["expect/loss_total"]));
+  EXPECT_TRUE(Near(loss.outputs.loss_overshooting, golden["expect/loss_overshooting"]));
+  const auto parameters = golden.model->named_parameters();
+  for (size_t i = 0; i < parameters.size(); ++i)
+    EXPECT_TRUE(Near(loss.gradients[i], golden["expect_grad/" + parameters[i].key()])) << parameters[i].key();
+}
+
+TEST(ComputeLoss, NamesWhatDoesNotFit) {
+  const auto model = MakeModel();
+  const auto code = absl::StatusCode::kInvalidArgument;
+  torch::Generator g = Seeded(1);
+  const LossNoise noise = model->DrawNoise(6, 3, g, false);
+  const auto expect = [&](const Batch& batch, const LossNoise& n, const std::string& message) {
+    EXPECT_THAT(ComputeLoss(*model, batch, n, false, false), StatusIs(code, HasSubstr(message)));
+  };
+  Batch batch = MakeBatch(1);
+  batch.action = at::zeros({6, 3, 5});
+  expect(batch, noise, "action is Float [6, 3, 5]; expected Float [6, 3, 2]");
+  batch = MakeBatch(1);
+  batch.observations.clear();
+  expect(batch, noise, "v is missing");
+  batch = MakeBatch(1);
+  batch.observations["w"] = batch.observations["v"];
+  expect(batch, noise, "w is not a modality");
+  batch = MakeBatch(1);
+  batch.is_first = batch.is_first.to(at::kFloat);
+  expect(batch, noise, "is_first is Float");
+  batch = MakeBatch(1);
+  batch.reward = Tensor();
+  expect(batch, noise, "reward is not [T, B]");
+  expect(MakeBatch(1), {noise.posterior, {}}, "noise overshooting is missing; expected Float [4, 6, 3, 3]");
+  Updater updater(model, Options());
+  EXPECT_THAT(updater.Update(batch, g), StatusIs(code, HasSubstr("reward")));
+}
+
+TEST(Updater, StepsAsTorchsAdamDoes) {
+  for (const double clip : {1000.0, 0.5}) {
+    const auto model = MakeModel(), reference = MakeModel();
+    Updater updater(model, Options(clip));
+    torch::optim::Adam adam(reference->parameters(), torch::optim::AdamOptions(0.01).eps(1e-4));
+    torch::Generator g = Seeded(3), same = Seeded(3);
+    for (int i = 0; i < 5; ++i) {
+      ASSERT_OK_AND_ASSIGN(const UpdateResult result, updater.Update(MakeBatch(i), g));
+      const LossOutputs o = reference->Loss(MakeBatch(i), reference->DrawNoise(6, 3, same, false), false);
+      adam.zero_grad();
+      o.loss_total.backward();
+      const double norm = torch::nn::utils::clip_grad_norm_(reference->parameters(), clip);
+      adam.step();
+      EXPECT_NEAR(result.gradient_norm, norm, 1e-4 * norm);
+      EXPECT_NEAR(result.losses.at("total"), o.loss_total.item<double>(), 1e-4);
+      EXPECT_EQ(result.losses.size(), 5);
+      EXPECT_FALSE(result.skipped);
+    }
+    const TensorMap expected = Parameters(*reference);
+    for (const auto& [name, value] : Parameters(*model)) EXPECT_TRUE(Near(value, expected.at(name), 1e-4)) << name;
+  }
+}
+
+TEST(Updater, LossFalls) {
+  const auto model = MakeModel();
+  Updater updater(model, Options());
+  torch::Generator g = Seeded(3);
+  ASSERT_OK_AND_ASSIGN(const UpdateResult first, updater.Update(MakeBatch(1), g));
+  for (int i = 0; i < 100; ++i) ASSERT_OK(updater.Update(MakeBatch(1), g));
+  ASSERT_OK_AND_ASSIGN(const UpdateResult last, updater.Update(MakeBatch(1), g));
+  EXPECT_LT(last.losses.at("total"), 0.8 * first.losses.at("total"));
+  EXPECT_EQ(updater.steps(), 102);
+}
+
+TEST(Updater, SkipsAnUpdateThatIsNotFinite) {
+  const auto model = MakeModel();
+  Updater updater(model, Options());
+  torch::Generator g = Seeded(3);
+  ASSERT_OK(updater.Update(MakeBatch(1), g));
+  const TensorMap before = Parameters(*model), state = updater.State();
+  Batch bad = MakeBatch(2);
+  bad.reward[0][0] = std::nanf("");
+  ASSERT_OK_AND_ASSIGN(const UpdateResult result, updater.Update(bad, g));
+  EXPECT_TRUE(result.skipped);
+  EXPECT_TRUE(Same(before, Parameters(*model)));
+  EXPECT_TRUE(Same(state, updater.State()));
+  EXPECT_EQ(updater.steps(), 1);
+}
+
+TEST(Updater, ResumesBitForBit) {
+  const auto straight = MakeModel();
+  Updater updater(straight, Options());
+  torch::Generator g = Seeded(3);
+  for (int i = 0; i < 3; ++i) ASSERT_OK(updater.Update(MakeBatch(i), g));
+
+  const auto resumed = MakeModel();
+  const TensorMap parameters = Parameters(*straight);
+  {
+    torch::NoGradGuard no_grad;
+    for (auto& p : resumed->named_parameters()) p.value().copy_(parameters.at(p.key()));
+  }
+  Updater second(resumed, Options());
+  TensorMap state = updater.State();
+  state["rng"] = g.get_state();
+  ASSERT_OK(second.Restore(state));
+  torch::Generator continued = Seeded(99);
+  continued.set_state(state["rng"]);
+  for (int i = 3; i < 6; ++i) {
+    ASSERT_OK(updater.Update(MakeBatch(i), g));
+    ASSERT_OK(second.Update(MakeBatch(i), continued));
+  }
+  EXPECT_TRUE(Same(Parameters(*straight), Parameters(*resumed)));
+  EXPECT_EQ(second.steps(), 6);
+}
+
+TEST(Updater, RefusesAStateThatDoesNotFit) {
+  const auto model = MakeModel();
+  Updater updater(model, Options());
+  torch::Generator g = Seeded(3);
+  ASSERT_OK(updater.Update(MakeBatch(1), g));
+  const TensorMap good = updater.State();
+  const auto expect = [&](const TensorMap& state, const std::string& message) {
+    EXPECT_THAT(updater.Restore(state), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(message)));
+    EXPECT_TRUE(Same(good, updater.State()));
+  };
+  TensorMap state = good;
+  state.erase("adam.v.reward.out.bias");
+  expect(state, "adam.v.reward.out.bias is missing");
+  state = good;
+  state["adam.m.rssm.input.weight"] = at::zeros({2, 2});
+  expect(state, "adam.m.rssm.input.weight is Float [2, 2]; expected Float [7, 5]");
+  state = good;
+  state["adam.m.reward.out.bias"] = at::full({1}, std::nanf(""));
+  expect(state, "not finite");
+  state = good;
+  state.erase("adam.step");
+  expect(state, "adam.step is missing");
+  state = good;
+  state["adam.m.decoder.w.bias"] = at::zeros({1});
+  expect(state, "does not have");
+}
+
+}  // namespace
+}  // namespace orrery
