@@ -8,7 +8,7 @@
 #include <random>
 #include <string>
 
-#include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/time/time.h"
 
 namespace orrery {

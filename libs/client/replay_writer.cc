@@ -44,6 +44,10 @@ class ReplayWriterImpl : public ReplayWriter {
   }
 
   absl::Status Append(Chunk chunk, absl::Time deadline) override {
+    if (chunk.payload.empty() || static_cast<int64_t>(chunk.payload.size()) > kMaxPayloadBytes) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("chunk payload of ", chunk.payload.size(), " bytes: expected 1 to ", kMaxPayloadBytes));
+    }
     auto request = std::make_shared<AppendChunksRequest>();
     request->set_run(run_);
     std::string payload = std::move(chunk.payload);

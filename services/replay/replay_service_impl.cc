@@ -1,0 +1,578 @@
+#include "services/replay/replay_service_impl.h"
+
+#include <algorithm>
+#include <random>
+#include <set>
+#include <utility>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/cleanup/cleanup.h"
+#include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/clock.h"
+#include "libs/base/log.h"
+#include "libs/base/status.h"
+#include "libs/client/chunk_proto.h"
+#include "libs/client/status.h"
+#include "libs/replay/chunk_codec.h"
+#include "libs/replay/run_coordinator.h"
+#include "libs/telemetry/metrics.h"
+#include "orrery/replay/v1/replay.grpc.pb.h"
+#include "services/replay/bell.h"
+#include "services/replay/data_set.h"
+#include "services/replay/metered_store.h"
+#include "services/replay/sequence_reader.h"
+
+namespace orrery {
+namespace {
+using grpc::ServerContext;
+
+// A waiting handler answers this long before its caller's deadline.
+constexpr absl::Duration kDeadlineMargin = absl::Milliseconds(50);
+// How often it looks for what other replicas changed and whether the caller is gone.
+constexpr absl::Duration kRecheck = absl::Milliseconds(200);
+constexpr int kChangesPerRead = 256;
+constexpr int64_t kBytesPerRead = int64_t{8} << 20;
+constexpr int64_t kPartBytes = int64_t{2} << 20;
+constexpr int64_t kMaxDecodedBytes = int64_t{256} << 20;
+constexpr int kMaxBatch = 4096;
+constexpr int kMaxUpdatesWanted = 1'000'000;
+constexpr int kMaxAliveEpisodes = 65'536;
+// Small value in the store: a serialized SnapshotVersion, so that totals do not cost reading a snapshot.
+constexpr char kSnapshotVersionName[] = "snapshot_version";
+
+static_assert(static_cast<int>(DType::kUInt8) == common::v1::UINT8);
+static_assert(static_cast<int>(DType::kInt32) == common::v1::INT32);
+static_assert(static_cast<int>(DType::kInt64) == common::v1::INT64);
+static_assert(static_cast<int>(DType::kFloat32) == common::v1::FLOAT32);
+static_assert(static_cast<int>(DType::kFloat64) == common::v1::FLOAT64);
+
+template <typename... Words>
+absl::Status Invalid(const Words&... words) {
+  return absl::InvalidArgumentError(absl::StrCat(words...));
+}
+
+absl::Status CheckRange(absl::string_view field, int64_t value, int64_t low, int64_t high) {
+  if (value >= low && value <= high) return absl::OkStatus();
+  return Invalid(field, " is ", value, ": expected ", low, " to ", high);
+}
+
+absl::Status CheckId(absl::string_view field, const std::string& id) {
+  if (!id.empty() && id.size() <= 128) return absl::OkStatus();
+  return Invalid(field, " has ", id.size(), " characters: expected 1 to 128");
+}
+
+absl::Status CheckField(const ArrayMap& fields, const char* name, DType dtype, size_t dimensions) {
+  const auto field = fields.find(name);
+  if (field == fields.end()) return Invalid("chunk.payload has no field \"", name, "\"");
+  if (field->second.dtype == dtype && field->second.shape.size() == dimensions) return absl::OkStatus();
+  return Invalid("chunk.payload: field \"", name, "\" is ", Name(field->second.dtype), " ",
+                 ShapeString(field->second.shape), ": expected ", Name(dtype), " with ", dimensions, " dimension(s)");
+}
+
+// A damaged chunk, or one that a learner could not use, never enters the store.
+absl::Status CheckPayload(const Chunk& chunk) {
+  const absl::StatusOr<ArrayMap> fields = DecodeRows(chunk.payload, chunk.info.rows, kMaxDecodedBytes);
+  if (!fields.ok()) return Invalid("chunk.payload: ", fields.status().message());
+  RETURN_IF_ERROR(CheckField(*fields, kAction, DType::kFloat32, 2));
+  RETURN_IF_ERROR(CheckField(*fields, kReward, DType::kFloat32, 1));
+  RETURN_IF_ERROR(CheckField(*fields, kIsFirst, DType::kUInt8, 1));
+  RETURN_IF_ERROR(CheckField(*fields, kIsTerminal, DType::kUInt8, 1));
+  if (fields->size() == 4) return Invalid("chunk.payload has no observation");
+  return absl::OkStatus();
+}
+
+struct Metrics {
+  explicit Metrics(prometheus::Registry& r)
+      : steps(AddCounter(r, "replay_steps_appended_total", "Rows acknowledged, repeats not counted.")),
+        chunks(AddCounter(r, "replay_chunks_appended_total", "Chunks acknowledged, repeats not counted.")),
+        bytes(AddCounter(r, "replay_bytes_appended_total", "Payload bytes acknowledged, repeats not counted.")),
+        sequences(AddCounter(r, "replay_sequences_sampled_total", "Sequences sent by SampleSequences.")),
+        append_seconds(AddHistogram(r, "replay_append_seconds", "From a chunk's arrival to its acknowledgement.",
+                                    SecondsBuckets())),
+        sample_seconds(AddHistogram(r, "replay_sample_seconds", "Time to draw and assemble one batch.", SecondsBuckets())),
+        blocked_actor(Blocked(r, "actor")),
+        blocked_learner(Blocked(r, "learner")) {}
+
+  static prometheus::Counter& Blocked(prometheus::Registry& r, const std::string& side) {
+    return AddCounter(r, "replay_limiter_blocked_seconds_total", "Time that callers waited for the schedule.",
+                      {{"side", side}});
+  }
+
+  prometheus::Counter& steps;
+  prometheus::Counter& chunks;
+  prometheus::Counter& bytes;
+  prometheus::Counter& sequences;
+  prometheus::Histogram& append_seconds;
+  prometheus::Histogram& sample_seconds;
+  prometheus::Counter& blocked_actor;
+  prometheus::Counter& blocked_learner;
+};
+
+class ReplayServerImpl : public ReplayServer, public replay::v1::ReplayService::Service {
+ public:
+  explicit ReplayServerImpl(const Options& options)
+      : experiment_(options.experiment),
+        registry_(options.registry),
+        metrics_(*registry_),
+        store_(MakeMeteredStore(options.store, *registry_)),
+        coordinator_(store_.get(), experiment_),
+        data_set_(store_.get(), {experiment_.replay().max_rows(), experiment_.replay().max_bytes()},
+                  experiment_.learning().sequence_length(), *registry_),
+        reader_(store_.get()) {}
+  ~ReplayServerImpl() override { ReplayServerImpl::Shutdown(); }
+
+  grpc::Service* service() override { return this; }
+  void Start(std::function<void(bool)> on_ready) override { data_set_.Start(std::move(on_ready)); }
+
+  void Shutdown() override {
+    progress_.Stop();
+    data_set_.Stop();
+    absl::MutexLock lock(&mu_);
+    stopping_ = true;
+    // A handler inside Read cannot be woken otherwise; what it has not acknowledged is sent again elsewhere.
+    for (ServerContext* context : appending_) context->TryCancel();
+  }
+
+  grpc::Status BeginEpisode(ServerContext* context, const replay::v1::BeginEpisodeRequest* request,
+                            replay::v1::BeginEpisodeResponse* response) override {
+    return ToGrpc(DoBeginEpisode(*context, *request, *response));
+  }
+  grpc::Status AppendChunks(ServerContext* context,
+                            grpc::ServerReaderWriter<replay::v1::AppendChunksResponse, replay::v1::AppendChunksRequest>*
+                                stream) override {
+    return ToGrpc(DoAppendChunks(*context, *stream));
+  }
+  grpc::Status WatchChunks(ServerContext* context, const replay::v1::WatchChunksRequest* request,
+                           grpc::ServerWriter<replay::v1::WatchChunksResponse>* stream) override {
+    return ToGrpc(DoWatchChunks(*context, *request, *stream));
+  }
+  grpc::Status SampleSequences(ServerContext* context, const replay::v1::SampleSequencesRequest* request,
+                               grpc::ServerWriter<replay::v1::SampleSequencesResponse>* stream) override {
+    return ToGrpc(DoSampleSequences(*context, *request, *stream));
+  }
+  grpc::Status AcquireLearner(ServerContext*, const replay::v1::AcquireLearnerRequest* request,
+                              replay::v1::AcquireLearnerResponse* response) override {
+    return ToGrpc(DoAcquireLearner(*request, *response));
+  }
+  grpc::Status ReserveUpdates(ServerContext* context, const replay::v1::ReserveUpdatesRequest* request,
+                              replay::v1::ReserveUpdatesResponse* response) override {
+    return ToGrpc(DoReserveUpdates(*context, *request, *response));
+  }
+  grpc::Status PutSnapshot(ServerContext*, grpc::ServerReader<replay::v1::PutSnapshotRequest>* stream,
+                           replay::v1::PutSnapshotResponse*) override {
+    return ToGrpc(DoPutSnapshot(*stream));
+  }
+  grpc::Status GetSnapshot(ServerContext*, const replay::v1::GetSnapshotRequest* request,
+                           grpc::ServerWriter<replay::v1::GetSnapshotResponse>* stream) override {
+    return ToGrpc(DoGetSnapshot(*request, *stream));
+  }
+  grpc::Status GetStats(ServerContext* context, const replay::v1::GetStatsRequest* request,
+                        replay::v1::GetStatsResponse* response) override {
+    return ToGrpc(DoGetStats(*context, *request, *response));
+  }
+
+ private:
+  using AppendStream = grpc::ServerReaderWriter<replay::v1::AppendChunksResponse, replay::v1::AppendChunksRequest>;
+  using WatchStream = grpc::ServerWriter<replay::v1::WatchChunksResponse>;
+  using SampleStream = grpc::ServerWriter<replay::v1::SampleSequencesResponse>;
+
+  absl::Status CheckRun(const std::string& run) const {
+    if (run.empty()) return Invalid("run is not set");
+    if (run == experiment_.name()) return absl::OkStatus();
+    return absl::NotFoundError(absl::StrCat("run \"", run, "\" is not served here: expected \"", experiment_.name(), "\""));
+  }
+
+  // Waits until `bell` rings or it is time to look again. CANCELLED: the caller is gone. DEADLINE_EXCEEDED: its deadline is
+  // near. UNAVAILABLE: this server is going away.
+  static absl::Status AwaitRing(const ServerContext& context, Bell& bell, int64_t seen) {
+    if (context.IsCancelled()) return absl::CancelledError("the caller is gone");
+    const absl::Time now = absl::Now();
+    const absl::Time limit = absl::FromChrono(context.deadline()) - kDeadlineMargin;
+    if (now >= limit) return absl::DeadlineExceededError("the schedule or the data did not allow it before the deadline");
+    if (!bell.Await(seen, std::min(limit, now + kRecheck))) return absl::UnavailableError("replay is shutting down");
+    return absl::OkStatus();
+  }
+
+  absl::Status AwaitProgress(const ServerContext& context, int64_t seen, prometheus::Counter& blocked) {
+    const absl::Time start = absl::Now();
+    absl::Status status = AwaitRing(context, progress_, seen);
+    blocked.Increment(absl::ToDoubleSeconds(absl::Now() - start));
+    return status;
+  }
+
+  // The index answers for all data only after it has caught up once.
+  absl::Status AwaitCaughtUp(const ServerContext& context) {
+    while (true) {
+      const int64_t seen = data_set_.changes().rings();
+      if (data_set_.caught_up()) return absl::OkStatus();
+      const absl::Status status = AwaitRing(context, data_set_.changes(), seen);
+      if (absl::IsDeadlineExceeded(status)) return absl::UnavailableError("the index is still being read from the store");
+      RETURN_IF_ERROR(status);
+    }
+  }
+
+  absl::Status DoBeginEpisode(const ServerContext& context, const replay::v1::BeginEpisodeRequest& request,
+                              replay::v1::BeginEpisodeResponse& response);
+  absl::Status DoAppendChunks(ServerContext& context, AppendStream& stream);
+  absl::Status AppendOne(replay::v1::AppendChunksRequest& request);
+  absl::Status CheckBelongs(const Chunk& chunk);
+  absl::Status DoWatchChunks(const ServerContext& context, const replay::v1::WatchChunksRequest& request,
+                             WatchStream& stream);
+  absl::Status SendChanges(const std::vector<Change>& changes, bool include_evaluation,
+                           replay::v1::WatchChunksResponse& response, WatchStream& stream);
+  absl::Status SendChunks(const std::vector<ChunkKey>& keys, replay::v1::WatchChunksResponse& response,
+                          WatchStream& stream);
+  absl::Status DoSampleSequences(const ServerContext& context, const replay::v1::SampleSequencesRequest& request,
+                                 SampleStream& stream);
+  absl::StatusOr<ArrayMap> DrawBatch(const ServerContext& context, const replay::v1::SampleSequencesRequest& request,
+                                     std::mt19937_64& random);
+  static absl::Status SendBatch(int64_t number, const ArrayMap& batch, SampleStream& stream);
+  absl::Status DoAcquireLearner(const replay::v1::AcquireLearnerRequest& request,
+                                replay::v1::AcquireLearnerResponse& response);
+  absl::Status DoReserveUpdates(const ServerContext& context, const replay::v1::ReserveUpdatesRequest& request,
+                                replay::v1::ReserveUpdatesResponse& response);
+  absl::Status DoPutSnapshot(grpc::ServerReader<replay::v1::PutSnapshotRequest>& stream);
+  absl::Status PublishSnapshotVersion(const SnapshotVersion& version);
+  absl::Status DoGetSnapshot(const replay::v1::GetSnapshotRequest& request,
+                             grpc::ServerWriter<replay::v1::GetSnapshotResponse>& stream);
+  absl::Status DoGetStats(const ServerContext& context, const replay::v1::GetStatsRequest& request,
+                          replay::v1::GetStatsResponse& response);
+
+  // Constant after construction; thread-safe themselves.
+  const config::v1::Experiment experiment_;
+  const std::shared_ptr<prometheus::Registry> registry_;
+  Metrics metrics_;
+  const std::unique_ptr<Store> store_;
+  RunCoordinator coordinator_;
+  DataSet data_set_;
+  SequenceReader reader_;
+  Bell progress_;  // rings when rows or updates were reported
+
+  absl::Mutex mu_;
+  RunProgress run_ ABSL_GUARDED_BY(mu_);  // as read last; only its identity is used
+  std::set<ServerContext*> appending_ ABSL_GUARDED_BY(mu_);
+  bool stopping_ ABSL_GUARDED_BY(mu_) = false;
+};
+
+absl::Status ReplayServerImpl::DoBeginEpisode(const ServerContext& context,
+                                              const replay::v1::BeginEpisodeRequest& request,
+                                              replay::v1::BeginEpisodeResponse& response) {
+  RETURN_IF_ERROR(CheckRun(request.run()));
+  RETURN_IF_ERROR(CheckId("actor_id", request.actor_id()));
+  std::optional<EpisodeAssignment> assignment;
+  while (true) {
+    const int64_t seen = progress_.rings();
+    if (context.IsCancelled()) return absl::CancelledError("the caller is gone");
+    ASSIGN_OR_RETURN(assignment, coordinator_.BeginEpisode(request.actor_id(), request.specification_hash()));
+    if (assignment.has_value()) break;
+    RETURN_IF_ERROR(AwaitProgress(context, seen, metrics_.blocked_actor));
+  }
+  response.set_run_id(assignment->run_id);
+  response.set_run_complete(assignment->run_complete);
+  if (assignment->run_complete) return absl::OkStatus();
+  response.set_episode_id(assignment->episode_id);
+  response.set_mode(ToProto(assignment->mode));
+  response.set_task(experiment_.environment().task());
+  response.set_seed(assignment->seed);
+  response.set_lease_seconds(experiment_.collection().lease_seconds());
+  return absl::OkStatus();
+}
+
+absl::Status ReplayServerImpl::DoAppendChunks(ServerContext& context, AppendStream& stream) {
+  {
+    absl::MutexLock lock(&mu_);
+    if (stopping_) return absl::UnavailableError("replay is shutting down");
+    appending_.insert(&context);
+  }
+  const absl::Cleanup forget = [this, &context] {
+    absl::MutexLock lock(&mu_);
+    appending_.erase(&context);
+  };
+  replay::v1::AppendChunksRequest request;
+  replay::v1::AppendChunksResponse response;
+  while (stream.Read(&request)) {
+    RETURN_IF_ERROR(CheckRun(request.run()));
+    if (request.alive_episode_ids_size() > 0) {
+      RETURN_IF_ERROR(CheckRange("number of alive_episode_ids", request.alive_episode_ids_size(), 0, kMaxAliveEpisodes));
+      RETURN_IF_ERROR(
+          coordinator_.RenewLeases({request.alive_episode_ids().begin(), request.alive_episode_ids().end()}));
+    }
+    if (!request.has_chunk()) continue;
+    response.set_episode_id(request.chunk().episode_id());
+    response.set_first_row(request.chunk().first_row());
+    RETURN_IF_ERROR(AppendOne(request));
+    if (!stream.Write(response)) return absl::CancelledError("the caller is gone");
+  }
+  return absl::OkStatus();
+}
+
+// OK means: in the store and counted.
+absl::Status ReplayServerImpl::AppendOne(replay::v1::AppendChunksRequest& request) {
+  const absl::Time start = absl::Now();
+  ASSIGN_OR_RETURN(const Chunk chunk, FromProto(std::move(*request.mutable_chunk())));
+  RETURN_IF_ERROR(CheckBelongs(chunk));
+  RETURN_IF_ERROR(CheckPayload(chunk));
+  const bool repeated = data_set_.Contains(chunk.info.key);
+  RETURN_IF_ERROR(store_->Append(chunk));
+  RETURN_IF_ERROR(coordinator_.RecordChunk(chunk.info));
+  progress_.Ring();
+  metrics_.append_seconds.Observe(absl::ToDoubleSeconds(absl::Now() - start));
+  if (repeated) return absl::OkStatus();
+  metrics_.steps.Increment(chunk.info.rows);
+  metrics_.chunks.Increment();
+  metrics_.bytes.Increment(static_cast<double>(chunk.info.payload_bytes));
+  return absl::OkStatus();
+}
+
+// The run's identity is read again when it does not fit: another replica may just have begun the run.
+absl::Status ReplayServerImpl::CheckBelongs(const Chunk& chunk) {
+  auto fits = [&](const RunProgress& run) {
+    return run.run_id == chunk.run_id && run.specification_hash == chunk.info.specification_hash;
+  };
+  {
+    absl::MutexLock lock(&mu_);
+    if (fits(run_)) return absl::OkStatus();
+  }
+  ASSIGN_OR_RETURN(RunProgress run, coordinator_.Progress());
+  if (run.run_id != chunk.run_id) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("chunk.run_id is \"", chunk.run_id, "\": expected \"", run.run_id, "\", this data's run"));
+  }
+  if (!fits(run)) {
+    return absl::FailedPreconditionError(absl::StrCat("chunk.specification_hash is ", chunk.info.specification_hash,
+                                                      ": expected ", run.specification_hash,
+                                                      ", the hash of this run's environment specification"));
+  }
+  absl::MutexLock lock(&mu_);
+  run_ = std::move(run);
+  return absl::OkStatus();
+}
+
+absl::Status ReplayServerImpl::DoWatchChunks(const ServerContext& context,
+                                             const replay::v1::WatchChunksRequest& request, WatchStream& stream) {
+  RETURN_IF_ERROR(CheckRun(request.run()));
+  std::string cursor = request.cursor();
+  bool caught_up = false;
+  while (true) {
+    const int64_t seen = data_set_.changes().rings();
+    ASSIGN_OR_RETURN(const ChangeBatch batch, store_->Changes(cursor, kChangesPerRead, absl::ZeroDuration()));
+    replay::v1::WatchChunksResponse response;
+    response.set_cursor(cursor);
+    response.set_caught_up(caught_up);
+    RETURN_IF_ERROR(SendChanges(batch.changes, request.include_evaluation(), response, stream));
+    // The cursor moves on only after everything before it was sent.
+    const bool news = !batch.changes.empty() || (batch.caught_up && !caught_up);
+    caught_up = caught_up || batch.caught_up;
+    cursor = batch.cursor;
+    if (news) {
+      response.clear_change();
+      response.set_cursor(cursor);
+      response.set_caught_up(caught_up);
+      if (!stream.Write(response)) return absl::CancelledError("the caller is gone");
+    }
+    if (batch.changes.empty() && caught_up) RETURN_IF_ERROR(AwaitRing(context, data_set_.changes(), seen));
+    if (context.IsCancelled()) return absl::CancelledError("the caller is gone");
+  }
+}
+
+absl::Status ReplayServerImpl::SendChanges(const std::vector<Change>& changes, bool include_evaluation,
+                                           replay::v1::WatchChunksResponse& response, WatchStream& stream) {
+  std::vector<ChunkKey> keys;  // appended ones that wait to be read together
+  int64_t bytes = 0;
+  auto flush = [&]() -> absl::Status {
+    bytes = 0;
+    return keys.empty() ? absl::OkStatus() : SendChunks(std::exchange(keys, {}), response, stream);
+  };
+  for (const Change& change : changes) {
+    if (change.info.mode == EpisodeMode::kEvaluate && !include_evaluation) continue;
+    if (change.kind == Change::Kind::kAppend) {
+      if (bytes + change.info.payload_bytes > kBytesPerRead) RETURN_IF_ERROR(flush());
+      keys.push_back(change.info.key);
+      bytes += change.info.payload_bytes;
+      continue;
+    }
+    RETURN_IF_ERROR(flush());
+    *response.mutable_evicted() = ToProto(change.info.key);
+    if (!stream.Write(response)) return absl::CancelledError("the caller is gone");
+  }
+  return flush();
+}
+
+absl::Status ReplayServerImpl::SendChunks(const std::vector<ChunkKey>& keys, replay::v1::WatchChunksResponse& response,
+                                          WatchStream& stream) {
+  ASSIGN_OR_RETURN(std::vector<std::optional<Chunk>> chunks, store_->Read(keys));
+  for (std::optional<Chunk>& chunk : chunks) {
+    if (!chunk.has_value()) continue;  // evicted meanwhile
+    std::string payload = std::move(chunk->payload);
+    *response.mutable_appended() = ToProto(*chunk);
+    response.mutable_appended()->set_payload(std::move(payload));
+    if (!stream.Write(response)) return absl::CancelledError("the caller is gone");
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ReplayServerImpl::DoSampleSequences(const ServerContext& context,
+                                                 const replay::v1::SampleSequencesRequest& request,
+                                                 SampleStream& stream) {
+  RETURN_IF_ERROR(CheckRun(request.run()));
+  RETURN_IF_ERROR(CheckRange("batch_size", request.batch_size(), 1, kMaxBatch));
+  RETURN_IF_ERROR(CheckRange("sequence_length", request.sequence_length(), 1, kMaxChunkRows));
+  if (request.batches() < 0) return Invalid("batches is ", request.batches(), ": expected at least 0");
+  RETURN_IF_ERROR(AwaitCaughtUp(context));
+  std::mt19937_64 random(request.seed());
+  if (request.seed() == 0) random.seed((uint64_t{std::random_device()()} << 32) | std::random_device()());
+  for (int64_t number = 0; request.batches() == 0 || number < request.batches(); ++number) {
+    ASSIGN_OR_RETURN(const ArrayMap batch, DrawBatch(context, request, random));
+    RETURN_IF_ERROR(SendBatch(number, batch, stream));
+    metrics_.sequences.Increment(request.batch_size());
+    if (data_set_.changes().stopped()) return absl::UnavailableError("replay is shutting down");
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<ArrayMap> ReplayServerImpl::DrawBatch(const ServerContext& context,
+                                                     const replay::v1::SampleSequencesRequest& request,
+                                                     std::mt19937_64& random) {
+  while (true) {
+    const int64_t seen = data_set_.changes().rings();
+    const absl::Time start = absl::Now();
+    const std::vector<Sequence> sequences =
+        data_set_.Sample(request.sequence_length(), request.batch_size(), random);
+    if (!sequences.empty()) {
+      absl::StatusOr<ArrayMap> batch = reader_.Read(sequences);
+      metrics_.sample_seconds.Observe(absl::ToDoubleSeconds(absl::Now() - start));
+      if (!absl::IsNotFound(batch.status())) return batch;
+    }
+    // Too little data, or a chunk was evicted and the index does not know yet.
+    RETURN_IF_ERROR(AwaitRing(context, data_set_.changes(), seen));
+  }
+}
+
+absl::Status ReplayServerImpl::SendBatch(int64_t number, const ArrayMap& batch, SampleStream& stream) {
+  size_t fields_left = batch.size();
+  for (const auto& [name, array] : batch) {
+    --fields_left;
+    const int64_t sequences = array.shape[0];
+    const int64_t sequence_bytes = static_cast<int64_t>(array.bytes.size()) / sequences;
+    const int64_t per_part = std::clamp<int64_t>(kPartBytes / std::max<int64_t>(sequence_bytes, 1), 1, sequences);
+    for (int64_t first = 0; first < sequences; first += per_part) {
+      const int64_t count = std::min(per_part, sequences - first);
+      replay::v1::SampleSequencesResponse response;
+      response.set_batch(number);
+      response.set_first_sequence(static_cast<int32_t>(first));
+      response.set_last_part(fields_left == 0 && first + count == sequences);
+      response.mutable_field()->set_name(name);
+      common::v1::Tensor& tensor = *response.mutable_field()->mutable_tensor();
+      tensor.set_data_type(static_cast<common::v1::DataType>(array.dtype));
+      tensor.add_shape(count);
+      for (size_t i = 1; i < array.shape.size(); ++i) tensor.add_shape(array.shape[i]);
+      tensor.set_data(array.bytes.substr(first * sequence_bytes, count * sequence_bytes));
+      if (!stream.Write(response)) return absl::CancelledError("the caller is gone");
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ReplayServerImpl::DoAcquireLearner(const replay::v1::AcquireLearnerRequest& request,
+                                                replay::v1::AcquireLearnerResponse& response) {
+  RETURN_IF_ERROR(CheckRun(request.run()));
+  RETURN_IF_ERROR(CheckId("learner_id", request.learner_id()));
+  ASSIGN_OR_RETURN(const int64_t generation, coordinator_.AcquireLearner(request.learner_id()));
+  response.set_generation(generation);
+  response.set_lease_seconds(RunCoordinator::kLearnerLeaseSeconds);
+  return absl::OkStatus();
+}
+
+absl::Status ReplayServerImpl::DoReserveUpdates(const ServerContext& context,
+                                                const replay::v1::ReserveUpdatesRequest& request,
+                                                replay::v1::ReserveUpdatesResponse& response) {
+  RETURN_IF_ERROR(CheckRun(request.run()));
+  if (request.generation() < 1) return Invalid("generation is ", request.generation(), ": expected at least 1");
+  if (request.updates_done() < 0) return Invalid("updates_done is ", request.updates_done(), ": expected at least 0");
+  RETURN_IF_ERROR(CheckRange("updates_wanted", request.updates_wanted(), 0, kMaxUpdatesWanted));
+  bool reported = false;
+  while (true) {
+    const int64_t seen = progress_.rings();
+    ASSIGN_OR_RETURN(const RunCoordinator::Grant grant,
+                     coordinator_.ReserveUpdates(request.generation(), request.updates_done(), request.updates_wanted()));
+    if (!reported) progress_.Ring();  // the report may let an episode begin
+    reported = true;
+    response.set_updates_granted(grant.updates);
+    response.set_run_complete(grant.run_complete);
+    if (grant.updates > 0 || grant.run_complete || request.updates_wanted() == 0) return absl::OkStatus();
+    const absl::Status status = AwaitProgress(context, seen, metrics_.blocked_learner);
+    if (absl::IsDeadlineExceeded(status)) return absl::OkStatus();
+    RETURN_IF_ERROR(status);
+  }
+}
+
+absl::Status ReplayServerImpl::DoPutSnapshot(grpc::ServerReader<replay::v1::PutSnapshotRequest>& stream) {
+  SnapshotAssembler assembler;
+  replay::v1::PutSnapshotRequest request;
+  bool complete = false;
+  while (stream.Read(&request)) {
+    RETURN_IF_ERROR(CheckRun(request.run()));
+    if (complete) return Invalid("snapshot part beyond total_bytes");
+    ASSIGN_OR_RETURN(complete, assembler.Add(request.part()));
+  }
+  if (!complete) return Invalid("the stream ended before the snapshot was complete");
+  const Store::Snapshot snapshot = assembler.Take();
+  RETURN_IF_ERROR(store_->PutSnapshot(snapshot));
+  return PublishSnapshotVersion(snapshot.version);
+}
+
+absl::Status ReplayServerImpl::PublishSnapshotVersion(const SnapshotVersion& version) {
+  while (true) {
+    ASSIGN_OR_RETURN(const VersionedValue kept, store_->Get(kSnapshotVersionName));
+    common::v1::SnapshotVersion proto;
+    if (kept.version > 0 && !proto.ParseFromString(kept.value)) {
+      return absl::DataLossError(absl::StrCat("\"", kSnapshotVersionName, "\" in the store is damaged"));
+    }
+    if (SnapshotVersion{proto.generation(), proto.counter()} >= version) return absl::OkStatus();
+    const absl::Status status =
+        store_->CompareAndSet(kSnapshotVersionName, kept.version, ToProto(version).SerializeAsString());
+    if (!absl::IsAborted(status)) return status;
+  }
+}
+
+absl::Status ReplayServerImpl::DoGetSnapshot(const replay::v1::GetSnapshotRequest& request,
+                                             grpc::ServerWriter<replay::v1::GetSnapshotResponse>& stream) {
+  RETURN_IF_ERROR(CheckRun(request.run()));
+  ASSIGN_OR_RETURN(const Store::Snapshot snapshot, store_->GetSnapshot());
+  replay::v1::GetSnapshotResponse response;
+  return SplitSnapshot(snapshot, [&](const common::v1::SnapshotPart& part) {
+    *response.mutable_part() = part;
+    return stream.Write(response);
+  });
+}
+
+absl::Status ReplayServerImpl::DoGetStats(const ServerContext& context, const replay::v1::GetStatsRequest& request,
+                                          replay::v1::GetStatsResponse& response) {
+  RETURN_IF_ERROR(CheckRun(request.run()));
+  RETURN_IF_ERROR(AwaitCaughtUp(context));
+  ASSIGN_OR_RETURN(const RunProgress progress, coordinator_.Progress());
+  ASSIGN_OR_RETURN(const VersionedValue version, store_->Get(kSnapshotVersionName));
+  const IndexTotals totals = data_set_.totals();
+  response.set_rows(totals.rows);
+  response.set_bytes(totals.bytes);
+  response.set_chunks(totals.chunks);
+  response.set_episodes(totals.episodes);
+  response.set_rows_appended(progress.rows_appended);
+  response.set_episodes_finished(progress.episodes_finished);
+  response.set_updates_done(progress.updates_done);
+  if (version.version > 0 && !response.mutable_snapshot_version()->ParseFromString(version.value)) {
+    return absl::DataLossError(absl::StrCat("\"", kSnapshotVersionName, "\" in the store is damaged"));
+  }
+  return absl::OkStatus();
+}
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<ReplayServer>> ReplayServer::Create(Options options) {
+  if (options.experiment.name().empty()) return absl::InvalidArgumentError("name is not set: replay serves one run by name");
+  RETURN_IF_ERROR(ValidatePacing(options.experiment));
+  return std::make_unique<ReplayServerImpl>(options);
+}
+
+}  // namespace orrery
