@@ -38,8 +38,9 @@ if(NOT EXISTS ${ORRERY_LIBTORCH}/lib/libtorch_cpu.so)
 endif()
 add_library(orrery_torch INTERFACE)
 add_library(torch::torch ALIAS orrery_torch)
-# Last in the search order: the wheel carries the headers of an old protobuf.
-target_compile_options(orrery_torch INTERFACE
+# Last in the search order: the wheel carries the headers of an old protobuf. -pthread, because a precompiled header fits only
+# what is compiled with the same flags, and some dependencies bring that one along.
+target_compile_options(orrery_torch INTERFACE -pthread
   "SHELL:-idirafter ${ORRERY_LIBTORCH}/include" "SHELL:-idirafter ${ORRERY_LIBTORCH}/include/torch/csrc/api/include")
 target_link_libraries(orrery_torch INTERFACE ${ORRERY_LIBTORCH}/lib/libtorch_cpu.so ${ORRERY_LIBTORCH}/lib/libc10.so)
 file(GLOB cuda_runtime_folders ${ORRERY_CACHE}/cudart-*/nvidia/cu13/lib ${ORRERY_CACHE}/cupti-*/nvidia/cu13/lib)
