@@ -1,0 +1,166 @@
+#include "libs/learning/checkpoint.h"
+
+#include <algorithm>
+#include <filesystem>
+#include <optional>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "libs/base/file.h"
+#include "libs/base/log.h"
+#include "libs/base/status.h"
+#include "libs/tensors/safetensors.h"
+
+namespace orrery {
+namespace {
+
+constexpr char kFormat[] = "orrery.checkpoint.format";
+constexpr char kFormatVersion[] = "1";
+constexpr char kUpdates[] = "orrery.updates";
+constexpr char kGeneration[] = "orrery.generation";
+constexpr char kSampler[] = "orrery.sampler";
+constexpr char kExperiment[] = "orrery.experiment";
+constexpr char kChecksum[] = "orrery.checksum";
+constexpr char kNoChecksum[] = "00000000";  // stands in its place while the checksum is computed
+constexpr size_t kChecksumDigits = 8;
+
+constexpr absl::string_view kPrefix = "checkpoint-";
+constexpr absl::string_view kSuffix = ".safetensors";
+
+// Where the digits of the checksum stand in the file. The quotes around the key keep it apart from any value, in which
+// JSON would have escaped them.
+std::optional<size_t> FindChecksum(absl::string_view file) {
+  const std::string key = absl::StrCat("\"", kChecksum, "\"");
+  const size_t found = file.find(key);
+  if (found == absl::string_view::npos) return std::nullopt;
+  const size_t quote = file.find('"', found + key.size());
+  if (quote == absl::string_view::npos || file.size() - quote < kChecksumDigits + 2) return std::nullopt;
+  return quote + 1;
+}
+
+absl::StatusOr<std::string> Get(const SafeTensors& contents, const std::string& key) {
+  const auto found = contents.metadata.find(key);
+  if (found == contents.metadata.end()) return absl::DataLossError(absl::StrCat("metadata entry ", key, " is missing"));
+  return found->second;
+}
+
+absl::StatusOr<int64_t> GetNumber(const SafeTensors& contents, const std::string& key) {
+  ASSIGN_OR_RETURN(const std::string text, Get(contents, key));
+  int64_t value = 0;
+  if (!absl::SimpleAtoi(text, &value) || value < 0) {
+    return absl::DataLossError(absl::StrCat("metadata entry ", key, " is \"", text, "\", expected a number"));
+  }
+  return value;
+}
+
+// Names of the checkpoints, oldest first.
+absl::StatusOr<std::vector<std::string>> List(const std::string& folder) {
+  std::error_code error;
+  std::filesystem::directory_iterator entries(folder, error);
+  if (error) return absl::UnknownError(absl::StrCat("cannot list ", folder, ": ", error.message()));
+  std::vector<std::string> names;
+  for (const auto& entry : entries) {
+    const std::string name = entry.path().filename().string();
+    if (absl::StartsWith(name, kPrefix) && absl::EndsWith(name, kSuffix)) names.push_back(name);
+  }
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
+}  // namespace
+
+absl::StatusOr<std::string> SerializeCheckpoint(const Checkpoint& checkpoint) {
+  SafeTensors contents;
+  contents.tensors = checkpoint.tensors;
+  contents.metadata = {{kFormat, kFormatVersion},
+                       {kUpdates, absl::StrCat(checkpoint.updates)},
+                       {kGeneration, absl::StrCat(checkpoint.generation)},
+                       {kSampler, checkpoint.sampler},
+                       {kExperiment, checkpoint.experiment},
+                       {kChecksum, kNoChecksum}};
+  ASSIGN_OR_RETURN(std::string file, SerializeSafeTensors(contents));
+  const std::optional<size_t> position = FindChecksum(file);
+  if (!position.has_value()) return absl::InternalError("the checkpoint's header has no place for its checksum");
+  file.replace(*position, kChecksumDigits, absl::StrFormat("%08x", Checksum(file)));
+  return file;
+}
+
+absl::StatusOr<Checkpoint> ParseCheckpoint(absl::string_view file) {
+  const std::optional<size_t> position = FindChecksum(file);
+  if (!position.has_value()) return absl::DataLossError("not a checkpoint: no checksum in its header");
+  std::string unsigned_file(file);
+  unsigned_file.replace(*position, kChecksumDigits, kNoChecksum);
+  const std::string expected(file.substr(*position, kChecksumDigits));
+  const std::string computed = absl::StrFormat("%08x", Checksum(unsigned_file));
+  if (expected != computed) {
+    return absl::DataLossError(absl::StrCat("checksum is ", computed, ", the file says ", expected));
+  }
+  ASSIGN_OR_RETURN(SafeTensors contents, ParseSafeTensors(file));
+  ASSIGN_OR_RETURN(const std::string format, Get(contents, kFormat));
+  if (format != kFormatVersion) {
+    return absl::DataLossError(absl::StrCat("format ", format, " is not ", kFormatVersion));
+  }
+  Checkpoint checkpoint;
+  ASSIGN_OR_RETURN(checkpoint.updates, GetNumber(contents, kUpdates));
+  ASSIGN_OR_RETURN(checkpoint.generation, GetNumber(contents, kGeneration));
+  ASSIGN_OR_RETURN(checkpoint.sampler, Get(contents, kSampler));
+  ASSIGN_OR_RETURN(checkpoint.experiment, Get(contents, kExperiment));
+  checkpoint.tensors = std::move(contents.tensors);
+  return checkpoint;
+}
+
+absl::StatusOr<CheckpointFolder> CheckpointFolder::Open(const std::string& folder, int keep) {
+  RETURN_IF_ERROR(MakeDirectory(folder));
+  std::error_code error;
+  for (const auto& entry : std::filesystem::directory_iterator(folder, error)) {
+    const std::string name = entry.path().filename().string();
+    std::error_code ignored;
+    if (absl::StartsWith(name, kPrefix) && absl::StrContains(name, absl::StrCat(kSuffix, ".tmp."))) {
+      std::filesystem::remove(entry.path(), ignored);
+    }
+  }
+  if (error) return absl::UnknownError(absl::StrCat("cannot list ", folder, ": ", error.message()));
+  return CheckpointFolder(folder, keep);
+}
+
+absl::Status CheckpointFolder::Save(const Checkpoint& checkpoint) {
+  ASSIGN_OR_RETURN(const std::string file, SerializeCheckpoint(checkpoint));
+  const std::string name = absl::StrFormat("%s%012d%s", kPrefix, checkpoint.updates, kSuffix);
+  RETURN_IF_ERROR(WriteFileAtomically(absl::StrCat(folder_, "/", name), file));
+  ASSIGN_OR_RETURN(const std::vector<std::string> names, List(folder_));
+  for (size_t i = 0; i + keep_ < names.size(); ++i) {
+    std::error_code error;
+    std::filesystem::remove(absl::StrCat(folder_, "/", names[i]), error);
+    if (error) LogWarning("cannot remove old checkpoint {}/{}: {}", folder_, names[i], error.message());
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<Checkpoint> CheckpointFolder::LoadNewest() {
+  ASSIGN_OR_RETURN(std::vector<std::string> names, List(folder_));
+  for (auto name = names.rbegin(); name != names.rend(); ++name) {
+    const std::string path = absl::StrCat(folder_, "/", *name);
+    absl::StatusOr<std::string> file = ReadFile(path);
+    absl::StatusOr<Checkpoint> checkpoint = file.ok() ? ParseCheckpoint(*file) : file.status();
+    if (checkpoint.ok()) return checkpoint;
+    LogError("checkpoint refused, the one before it is tried path={} reason={}", path, checkpoint.status().ToString());
+    if (absl::IsDataLoss(checkpoint.status())) {
+      std::error_code error;
+      std::filesystem::rename(path, absl::StrCat(path, ".damaged"), error);
+      if (error) LogWarning("cannot set {} aside: {}", path, error.message());
+    }
+  }
+  return absl::NotFoundError(absl::StrCat("no usable checkpoint in ", folder_));
+}
+
+absl::StatusOr<bool> CheckpointFolder::empty() const {
+  ASSIGN_OR_RETURN(const std::vector<std::string> names, List(folder_));
+  return names.empty();
+}
+
+}  // namespace orrery

@@ -1,0 +1,49 @@
+// What a learner needs to go on as if it had never stopped, on disk.
+#pragma once
+
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <map>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+
+namespace orrery {
+
+struct Checkpoint {
+  int64_t updates = 0;
+  int64_t generation = 0;                         // of the learner that wrote it
+  std::string sampler;                            // state of the batch sampler
+  std::string experiment;                         // effective configuration, text proto
+  std::map<std::string, torch::Tensor> tensors;  // parameters, optimizer, generators: the updater's state
+};
+
+// One safetensors file; a checksum in its metadata covers every byte of it.
+absl::StatusOr<std::string> SerializeCheckpoint(const Checkpoint& checkpoint);
+// DATA_LOSS for any damage.
+absl::StatusOr<Checkpoint> ParseCheckpoint(absl::string_view file);
+
+// The checkpoints of one run in a folder: checkpoint-<updates, 12 digits>.safetensors. Not thread-safe; one learner per folder.
+class CheckpointFolder {
+ public:
+  // Makes the folder; removes what an interrupted write left behind. `keep` at least 1.
+  static absl::StatusOr<CheckpointFolder> Open(const std::string& folder, int keep);
+  // Writes atomically, then removes all but the newest `keep`. RESOURCE_EXHAUSTED: the disk is full, and nothing changed.
+  absl::Status Save(const Checkpoint& checkpoint);
+  // The newest one that is whole. A damaged one is logged, set aside (".damaged" behind its name) and the one before it
+  // taken. NOT_FOUND: there is none.
+  absl::StatusOr<Checkpoint> LoadNewest();
+  // Whether there is no checkpoint, whole or not.
+  absl::StatusOr<bool> empty() const;
+
+ private:
+  CheckpointFolder(std::string folder, int keep) : folder_(std::move(folder)), keep_(keep) {}
+
+  std::string folder_;
+  int keep_;
+};
+
+}  // namespace orrery

@@ -1,0 +1,105 @@
+#include "libs/learning/checkpoint.h"
+
+#include <filesystem>
+#include <fstream>
+#include <set>
+
+#include "libs/base/file.h"
+#include "libs/base/status_matchers.h"
+#include "libs/base/testing.h"
+
+namespace orrery {
+namespace {
+
+Checkpoint MakeCheckpoint(int64_t updates) {
+  Checkpoint checkpoint;
+  checkpoint.updates = updates;
+  checkpoint.generation = 3;
+  checkpoint.sampler = "1 2 3";
+  checkpoint.experiment = "name: \"a \\\"orrery.checksum\\\" b\"\n";
+  checkpoint.tensors["param.w"] = torch::arange(6, torch::kFloat32).reshape({2, 3}) + static_cast<double>(updates);
+  checkpoint.tensors["random.generator"] = torch::arange(10).to(torch::kUInt8);
+  return checkpoint;
+}
+
+std::set<std::string> Names(const std::string& folder) {
+  std::set<std::string> names;
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) names.insert(entry.path().filename().string());
+  return names;
+}
+
+void FlipByte(const std::string& path) {
+  std::string file = ReadFile(path).value();
+  file[file.size() / 2] ^= 1;
+  ASSERT_OK(WriteFileAtomically(path, file));
+}
+
+TEST(Checkpoint, ComesBackAsItWas) {
+  const Checkpoint saved = MakeCheckpoint(12);
+  ASSERT_OK_AND_ASSIGN(const std::string file, SerializeCheckpoint(saved));
+  ASSERT_OK_AND_ASSIGN(const Checkpoint loaded, ParseCheckpoint(file));
+  EXPECT_EQ(loaded.updates, 12);
+  EXPECT_EQ(loaded.generation, 3);
+  EXPECT_EQ(loaded.sampler, saved.sampler);
+  EXPECT_EQ(loaded.experiment, saved.experiment);
+  ASSERT_EQ(loaded.tensors.size(), 2u);
+  EXPECT_TRUE(torch::equal(loaded.tensors.at("param.w"), saved.tensors.at("param.w")));
+  EXPECT_TRUE(torch::equal(loaded.tensors.at("random.generator"), saved.tensors.at("random.generator")));
+}
+
+TEST(Checkpoint, EveryDamagedByteAndEveryCutIsDetected) {
+  ASSERT_OK_AND_ASSIGN(const std::string file, SerializeCheckpoint(MakeCheckpoint(12)));
+  for (size_t i = 0; i < file.size(); ++i) {
+    for (const char bit : {1, 32, -128}) {
+      std::string damaged = file;
+      damaged[i] ^= bit;
+      ASSERT_THAT(ParseCheckpoint(damaged), StatusIs(absl::StatusCode::kDataLoss)) << "byte " << i;
+    }
+    ASSERT_THAT(ParseCheckpoint(file.substr(0, i)), StatusIs(absl::StatusCode::kDataLoss)) << "cut at " << i;
+  }
+  EXPECT_THAT(ParseCheckpoint(file + "x"), StatusIs(absl::StatusCode::kDataLoss));
+}
+
+TEST(CheckpointFolder, KeepsTheNewestAndRemovesTemporaryFiles) {
+  const TempDir dir;
+  const std::string folder = dir / "new/checkpoints";
+  ASSERT_OK_AND_ASSIGN(CheckpointFolder checkpoints, CheckpointFolder::Open(folder, 2));
+  EXPECT_THAT(checkpoints.empty(), IsOkAndHolds(true));
+  EXPECT_THAT(checkpoints.LoadNewest(), StatusIs(absl::StatusCode::kNotFound));
+  for (const int64_t updates : {5, 90, 1000}) ASSERT_OK(checkpoints.Save(MakeCheckpoint(updates)));
+  std::ofstream(folder + "/checkpoint-000000002000.safetensors.tmp.77") << "half";
+  std::ofstream(folder + "/notes.txt") << "mine";
+  ASSERT_OK_AND_ASSIGN(checkpoints, CheckpointFolder::Open(folder, 2));
+  EXPECT_EQ(Names(folder), (std::set<std::string>{"checkpoint-000000000090.safetensors",
+                                                  "checkpoint-000000001000.safetensors", "notes.txt"}));
+  EXPECT_THAT(checkpoints.empty(), IsOkAndHolds(false));
+  EXPECT_EQ(checkpoints.LoadNewest().value().updates, 1000);
+}
+
+TEST(CheckpointFolder, SetsADamagedOneAsideAndTakesTheOneBefore) {
+  const TempDir dir;
+  ASSERT_OK_AND_ASSIGN(CheckpointFolder checkpoints, CheckpointFolder::Open(dir.path(), 2));
+  ASSERT_OK(checkpoints.Save(MakeCheckpoint(1)));
+  ASSERT_OK(checkpoints.Save(MakeCheckpoint(2)));
+  FlipByte(dir / "checkpoint-000000000002.safetensors");
+  ASSERT_OK_AND_ASSIGN(const Checkpoint loaded, checkpoints.LoadNewest());
+  EXPECT_EQ(loaded.updates, 1);
+  EXPECT_EQ(Names(dir.path()), (std::set<std::string>{"checkpoint-000000000001.safetensors",
+                                                      "checkpoint-000000000002.safetensors.damaged"}));
+  FlipByte(dir / "checkpoint-000000000001.safetensors");
+  EXPECT_THAT(checkpoints.LoadNewest(), StatusIs(absl::StatusCode::kNotFound));
+}
+
+TEST(CheckpointFolder, AFailedWriteLeavesTheOthersAlone) {
+  const TempDir dir;
+  ASSERT_OK_AND_ASSIGN(CheckpointFolder checkpoints, CheckpointFolder::Open(dir.path(), 1));
+  ASSERT_OK(checkpoints.Save(MakeCheckpoint(1)));
+  // A folder in the file's place makes the last step of the write fail.
+  std::filesystem::create_directory(dir / "checkpoint-000000000002.safetensors");
+  EXPECT_FALSE(checkpoints.Save(MakeCheckpoint(2)).ok());
+  std::filesystem::remove(dir / "checkpoint-000000000002.safetensors");
+  EXPECT_EQ(checkpoints.LoadNewest().value().updates, 1);
+}
+
+}  // namespace
+}  // namespace orrery

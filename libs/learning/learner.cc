@@ -1,0 +1,396 @@
+#include "libs/learning/learner.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "libs/base/log.h"
+#include "libs/base/random.h"
+#include "libs/base/status.h"
+#include "libs/telemetry/metrics.h"
+#include "libs/world_model/snapshot.h"
+
+namespace orrery {
+namespace {
+
+constexpr int kConcurrentBlock = 10;
+constexpr int kSkippedBeforeRollback = 10;
+constexpr int kRollbacksBeforeGivingUp = 3;
+constexpr absl::Duration kCall = absl::Seconds(5);          // deadline of a call to replay
+constexpr absl::Duration kSlice = absl::Milliseconds(500);  // waits look up this often for Stop and the lease
+constexpr absl::Duration kReportEvery = absl::Seconds(5);   // well below the lease of 30 s
+constexpr absl::Duration kKeepEvery = absl::Seconds(5);     // snapshots put to replay (CONCURRENT)
+constexpr absl::Duration kStatsEvery = absl::Seconds(10);
+constexpr absl::Duration kPatience = absl::Seconds(5);      // for rows that the watch does not bring
+constexpr absl::Duration kAwaitPlanners = absl::Seconds(10);
+constexpr absl::Duration kOutageLogEvery = absl::Seconds(30);
+
+}  // namespace
+
+Learner::Metrics::Metrics(prometheus::Registry& r)
+    : registry(r),
+      updates(AddCounter(r, "learner_updates_total", "Updates made")),
+      skipped_updates(AddCounter(r, "learner_skipped_updates_total", "Updates skipped because they were not finite")),
+      checkpoint_errors(AddCounter(r, "learner_checkpoint_errors_total", "Checkpoints that could not be written")),
+      refused_chunks(AddCounter(r, "learner_chunks_refused_total", "Chunks that are damaged or do not fit the model")),
+      update_seconds(AddHistogram(r, "learner_update_seconds", "Time of one update", SecondsBuckets())),
+      batch_wait_seconds(AddHistogram(r, "learner_batch_wait_seconds", "Time to get a batch", SecondsBuckets())),
+      publish_seconds(
+          AddHistogram(r, "learner_snapshot_publish_seconds", "Time to serialise and publish a snapshot", SecondsBuckets())),
+      gradient_norm(AddGauge(r, "learner_gradient_norm", "Global norm of the last gradient, before clipping")),
+      updates_per_env_step(AddGauge(r, "learner_updates_per_env_step", "Updates made per environment step acknowledged")),
+      snapshot_version(AddGauge(r, "learner_snapshot_version", "Updates behind the newest published snapshot")) {}
+
+absl::StatusOr<std::unique_ptr<Learner>> Learner::Create(Options options) {
+  if (options.replay == nullptr || options.watcher == nullptr || options.publisher == nullptr ||
+      options.registry == nullptr) {
+    return absl::InvalidArgumentError("a learner needs a replay client, a watcher, a publisher and a registry");
+  }
+  RETURN_IF_ERROR(Validate(options.experiment));
+  auto learner = std::unique_ptr<Learner>(new Learner(std::move(options)));
+  RETURN_IF_ERROR(learner->Initialize());
+  return learner;
+}
+
+Learner::Learner(Options options) : options_(std::move(options)), metrics_(*options_.registry) {}
+
+Learner::~Learner() = default;
+
+absl::Status Learner::Initialize() {
+  const config::v1::Experiment& experiment = options_.experiment;
+  const config::v1::Learning& learning = experiment.learning();
+  Mirror::Options mirror;
+  mirror.model = experiment.model();
+  mirror.sequence_length = learning.sequence_length();
+  mirror.max_rows = experiment.replay().max_rows();
+  mirror.max_bytes = learning.mirror_bytes();
+  mirror.clock = options_.clock;
+  mirror.refused_chunks = &metrics_.refused_chunks;
+  ASSIGN_OR_RETURN(mirror_, Mirror::Create(mirror));
+  const auto seed = static_cast<uint64_t>(experiment.seed());
+  ASSIGN_OR_RETURN(trainer_, Trainer::Create(experiment.model(), learning, seed, options_.device));
+  source_ = std::make_unique<MirroredSource>(mirror_.get(), learning.batch_size(), DeriveSeed(seed, "batches"));
+  if (!options_.checkpoint_dir.empty()) {
+    ASSIGN_OR_RETURN(checkpoints_, CheckpointFolder::Open(options_.checkpoint_dir, learning.keep_checkpoints()));
+    RETURN_IF_ERROR(Resume());
+  }
+  published_updates_ = updates_;
+  return absl::OkStatus();
+}
+
+absl::Status Learner::Resume() {
+  if (!options_.resume) {
+    ASSIGN_OR_RETURN(const bool empty, checkpoints_->empty());
+    if (empty) return absl::OkStatus();
+    return absl::FailedPreconditionError(absl::StrCat(options_.checkpoint_dir,
+                                                      " holds checkpoints: resume from them, or give another folder"));
+  }
+  absl::StatusOr<Checkpoint> checkpoint = checkpoints_->LoadNewest();
+  if (absl::IsNotFound(checkpoint.status())) {
+    LogInfo("no checkpoint to resume from, learning begins anew folder={}", options_.checkpoint_dir);
+    return absl::OkStatus();
+  }
+  RETURN_IF_ERROR(checkpoint.status());
+  ASSIGN_OR_RETURN(const config::v1::Experiment saved, ParseExperiment(checkpoint->experiment));
+  if (saved.name() != options_.experiment.name()) {
+    return absl::FailedPreconditionError(absl::StrCat("the checkpoints in ", options_.checkpoint_dir, " are of the run \"",
+                                                      saved.name(), "\", not \"", options_.experiment.name(), "\""));
+  }
+  RETURN_IF_ERROR(Annotate(trainer_->Restore(checkpoint->tensors, /*with_random=*/true), options_.checkpoint_dir));
+  RETURN_IF_ERROR(source_->SetState(checkpoint->sampler));
+  updates_ = saved_updates_ = checkpoint->updates;
+  LogInfo("resumed from a checkpoint updates={} folder={}", updates_, options_.checkpoint_dir);
+  absl::MutexLock lock(&mu_);
+  progress_.updates = updates_;
+  return absl::OkStatus();
+}
+
+absl::Status Learner::Run() {
+  RETURN_IF_ERROR(Acquire());
+  if (stopped()) return absl::OkStatus();
+  Publish(/*always_keep=*/true);
+  AwaitPlanners();
+  mirror_->Follow(std::move(options_.watcher));
+  absl::StatusOr<bool> more = true;
+  while (more.ok() && *more) more = Step();
+  mirror_->Stop();
+  if (!more.ok() && !absl::IsCancelled(more.status())) {
+    LogError("learning ended updates={} reason={}", updates_, more.status().ToString());
+    return more.status();
+  }
+  // Under ALTERNATE a block that was cut short is not published: it is made good after a resume.
+  if (!alternate()) Publish(/*always_keep=*/true);
+  SaveCheckpoint();
+  LogInfo("learner stopped updates={}", updates_);
+  return absl::OkStatus();
+}
+
+absl::Status Learner::Acquire() {
+  absl::Time last_log = absl::InfinitePast();
+  while (!stopped()) {
+    const absl::StatusOr<int64_t> generation =
+        options_.replay->AcquireLearner(options_.learner_id, options_.clock->Now() + kCall);
+    if (generation.ok()) {
+      generation_ = *generation;
+      last_report_ = options_.clock->Now();
+      LogInfo("learner holds the run={} generation={} updates={}", options_.experiment.name(), generation_, updates_);
+      return absl::OkStatus();
+    }
+    const absl::Status& status = generation.status();
+    if (!absl::IsAlreadyExists(status) && !absl::IsUnavailable(status) && !absl::IsDeadlineExceeded(status)) {
+      return Annotate(status, "cannot become the learner of this run");
+    }
+    if (options_.clock->Now() - last_log >= kOutageLogEvery) {
+      LogWarning("waiting to become the learner run={} reason={}", options_.experiment.name(), status.ToString());
+      last_log = options_.clock->Now();
+    }
+    WaitForStop(absl::Seconds(1));
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<bool> Learner::Step() {
+  if (stopped()) return false;
+  const config::v1::Learning& learning = options_.experiment.learning();
+  // Under ALTERNATE nothing else happens meanwhile, so one block holds all that is owed.
+  const int32_t wanted = alternate() ? std::max({learning.updates_per_episode(), learning.initial_updates(), 1000})
+                                     : kConcurrentBlock;
+  const absl::StatusOr<RunCoordinator::Grant> grant =
+      options_.replay->ReserveUpdates(generation_, updates_to_report(), wanted, options_.clock->Now() + kCall);
+  if (absl::IsFailedPrecondition(grant.status())) {
+    return Annotate(grant.status(), "another learner took this run over");
+  }
+  if (!grant.ok()) {
+    LogOutage("ReserveUpdates", grant.status());
+    WaitForStop(kSlice);
+    return true;
+  }
+  last_report_ = options_.clock->Now();
+  if (grant->updates > 0) {
+    if (alternate()) RETURN_IF_ERROR(AwaitRows());
+    return MakeUpdates(grant->updates);
+  }
+  if (grant->run_complete) LogInfo("the run is complete updates={}", updates_);
+  return !grant->run_complete;
+}
+
+absl::StatusOr<bool> Learner::MakeUpdates(int32_t count) {
+  const config::v1::Learning& learning = options_.experiment.learning();
+  for (int32_t i = 0; i < count; ++i) {
+    RETURN_IF_ERROR(MakeUpdate());
+    if (updates_ % learning.checkpoint_every_updates() == 0 && skipped_in_a_row_ == 0) SaveCheckpoint();
+    if (!alternate() && updates_ % learning.snapshot_every_updates() == 0) Publish(/*always_keep=*/false);
+    RETURN_IF_ERROR(Heartbeat());
+    if (stopped()) break;
+  }
+  RefreshRows();
+  if (!alternate()) return true;
+  if (stopped()) return false;
+  Publish(/*always_keep=*/true);
+  AwaitPlanners();
+  published_updates_ = updates_;
+  return true;
+}
+
+absl::Status Learner::MakeUpdate() {
+  const absl::Time begin = options_.clock->Now();
+  ASSIGN_OR_RETURN(const StoredBatch batch, NextBatch());
+  const absl::Time have_batch = options_.clock->Now();
+  UpdateReport report;
+  ASSIGN_OR_RETURN(report.result, trainer_->Update(batch));
+  report.updates = ++updates_;
+  report.batch_wait_seconds = absl::ToDoubleSeconds(have_batch - begin);
+  report.update_seconds = absl::ToDoubleSeconds(options_.clock->Now() - have_batch);
+  report.rows_appended = rows_appended_;
+  Observe(report);
+  skipped_in_a_row_ = report.result.skipped ? skipped_in_a_row_ + 1 : 0;
+  return skipped_in_a_row_ < kSkippedBeforeRollback ? absl::OkStatus() : RollBack();
+}
+
+void Learner::Observe(const UpdateReport& report) {
+  const UpdateResult& result = report.result;
+  metrics_.updates.Increment();
+  metrics_.update_seconds.Observe(report.update_seconds);
+  metrics_.batch_wait_seconds.Observe(report.batch_wait_seconds);
+  if (result.skipped) {
+    metrics_.skipped_updates.Increment();
+    if (skipped_in_a_row_ == 0) LogWarning("update skipped: loss or gradient is not finite updates={}", updates_);
+  } else {
+    metrics_.gradient_norm.Set(result.gradient_norm);
+    for (const auto& [term, loss] : result.losses) {
+      prometheus::Gauge*& gauge = loss_gauges_[term];
+      if (gauge == nullptr) {
+        gauge = &AddGauge(metrics_.registry, "learner_loss", "Loss of the last update, by term", {{"term", term}});
+      }
+      gauge->Set(loss);
+    }
+  }
+  {
+    absl::MutexLock lock(&mu_);
+    progress_.updates = updates_;
+    const auto total = result.losses.find("total");
+    if (!result.skipped && total != result.losses.end()) progress_.loss = total->second;
+  }
+  if (options_.on_update) options_.on_update(report);
+}
+
+absl::StatusOr<StoredBatch> Learner::NextBatch() {
+  absl::Time log_after = options_.clock->Now() + kPatience;
+  while (!stopped()) {
+    absl::StatusOr<StoredBatch> batch = source_->Next(options_.clock->Now() + kSlice);
+    if (!absl::IsDeadlineExceeded(batch.status())) return batch;
+    if (options_.clock->Now() >= log_after) {
+      LogWarning("waiting for data: {}", batch.status().ToString());
+      log_after = options_.clock->Now() + kOutageLogEvery;
+    }
+    RETURN_IF_ERROR(Heartbeat());
+  }
+  return absl::CancelledError("stopped");
+}
+
+absl::Status Learner::AwaitRows() {
+  while (!stopped()) {
+    const absl::StatusOr<replay::v1::GetStatsResponse> stats = options_.replay->GetStats(options_.clock->Now() + kCall);
+    if (stats.ok()) {
+      rows_appended_ = stats->rows_appended();
+      break;
+    }
+    LogOutage("GetStats", stats.status());
+    WaitForStop(kSlice);
+  }
+  while (!stopped()) {
+    const absl::Status status = mirror_->WaitForRows(rows_appended_, kPatience, options_.clock->Now() + kSlice);
+    if (!absl::IsDeadlineExceeded(status)) return status;
+    RETURN_IF_ERROR(Heartbeat());
+  }
+  return absl::CancelledError("stopped");
+}
+
+absl::Status Learner::Heartbeat() {
+  if (options_.clock->Now() - last_report_ < kReportEvery) return absl::OkStatus();
+  const absl::Status status =
+      options_.replay->ReserveUpdates(generation_, updates_to_report(), 0, options_.clock->Now() + kCall).status();
+  last_report_ = options_.clock->Now();
+  if (absl::IsFailedPrecondition(status)) return Annotate(status, "another learner took this run over");
+  if (!status.ok()) LogOutage("ReserveUpdates", status);
+  return absl::OkStatus();
+}
+
+void Learner::RefreshRows() {
+  const absl::Time now = options_.clock->Now();
+  if (!alternate() && now - last_stats_ >= kStatsEvery) {
+    last_stats_ = now;
+    const absl::StatusOr<replay::v1::GetStatsResponse> stats = options_.replay->GetStats(now + kCall);
+    if (stats.ok()) rows_appended_ = stats->rows_appended();
+  }
+  const int64_t steps = rows_appended_ * options_.experiment.environment().action_repeat();
+  if (steps > 0) metrics_.updates_per_env_step.Set(static_cast<double>(updates_) / static_cast<double>(steps));
+}
+
+void Learner::Publish(bool always_keep) {
+  const absl::Time begin = options_.clock->Now();
+  SnapshotInfo info;
+  info.model = options_.experiment.model();
+  info.planner = options_.experiment.planner();
+  info.run = options_.experiment.name();
+  info.generation = generation_;
+  info.counter = updates_;
+  absl::StatusOr<std::string> file = SerializeSnapshot(trainer_->model(), info);
+  if (!file.ok()) {
+    LogError("snapshot not published updates={} reason={}", updates_, file.status().ToString());
+    return;
+  }
+  const SnapshotVersion version{generation_, updates_};
+  options_.publisher->Publish(version, *file);
+  metrics_.snapshot_version.Set(static_cast<double>(updates_));
+  if (options_.on_snapshot) options_.on_snapshot(version, *file);
+  if (always_keep || begin - last_kept_ >= kKeepEvery) {
+    const absl::Status kept = options_.replay->PutSnapshot({version, *std::move(file)}, options_.clock->Now() + kCall);
+    if (kept.ok()) last_kept_ = begin;
+    if (!kept.ok()) LogOutage("PutSnapshot", kept);
+  }
+  metrics_.publish_seconds.Observe(absl::ToDoubleSeconds(options_.clock->Now() - begin));
+}
+
+void Learner::AwaitPlanners() {
+  if (!alternate()) return;
+  const SnapshotVersion version{generation_, updates_};
+  const absl::Time deadline = options_.clock->Now() + kAwaitPlanners;
+  while (!stopped()) {
+    const absl::Time now = options_.clock->Now();
+    if (options_.publisher->AwaitAcknowledgements(version, std::min(deadline, now + kSlice))) return;
+    if (now >= deadline) {
+      LogWarning("not every planner serves the newest snapshot yet updates={}, going on", updates_);
+      return;
+    }
+  }
+}
+
+void Learner::SaveCheckpoint() {
+  if (!checkpoints_.has_value() || saved_updates_ == updates_) return;
+  Checkpoint checkpoint;
+  checkpoint.updates = updates_;
+  checkpoint.generation = generation_;
+  checkpoint.sampler = source_->State();
+  checkpoint.experiment = ToText(options_.experiment);
+  checkpoint.tensors = trainer_->State();
+  const absl::Status status = checkpoints_->Save(checkpoint);
+  if (!status.ok()) {
+    metrics_.checkpoint_errors.Increment();
+    LogError("checkpoint not written, training goes on updates={} reason={}", updates_, status.ToString());
+    return;
+  }
+  saved_updates_ = updates_;
+  rollbacks_ = 0;
+}
+
+// Parameters and optimizer go back; counters and randomness go on, so that versions stay ordered and the same batches do
+// not come again.
+absl::Status Learner::RollBack() {
+  const std::string what = absl::StrCat(kSkippedBeforeRollback, " updates in a row were not finite (updates ", updates_, ")");
+  if (!checkpoints_.has_value()) return absl::InternalError(absl::StrCat(what, " and there are no checkpoints"));
+  if (++rollbacks_ > kRollbacksBeforeGivingUp) {
+    return absl::InternalError(absl::StrCat(what, " again after ", kRollbacksBeforeGivingUp,
+                                            " returns to the last checkpoint: lower learning.learning_rate"));
+  }
+  const absl::StatusOr<Checkpoint> checkpoint = checkpoints_->LoadNewest();
+  if (!checkpoint.ok()) return absl::InternalError(absl::StrCat(what, ": ", checkpoint.status().message()));
+  RETURN_IF_ERROR(trainer_->Restore(checkpoint->tensors, /*with_random=*/false));
+  skipped_in_a_row_ = 0;
+  LogError("{}: back to the parameters of the checkpoint updates={}", what, checkpoint->updates);
+  return absl::OkStatus();
+}
+
+void Learner::LogOutage(const char* call, const absl::Status& status) {
+  if (options_.clock->Now() - last_outage_log_ < kOutageLogEvery) return;
+  last_outage_log_ = options_.clock->Now();
+  LogWarning("replay does not answer, trying on call={} reason={}", call, status.ToString());
+}
+
+void Learner::Stop() {
+  absl::MutexLock lock(&mu_);
+  stopped_ = true;
+  stop_requested_.SignalAll();
+}
+
+bool Learner::stopped() const {
+  absl::MutexLock lock(&mu_);
+  return stopped_;
+}
+
+void Learner::WaitForStop(absl::Duration at_most) {
+  const absl::Time deadline = options_.clock->Now() + at_most;
+  absl::MutexLock lock(&mu_);
+  while (!stopped_ && options_.clock->Now() < deadline) options_.clock->WaitUntil(stop_requested_, mu_, deadline);
+}
+
+Learner::Progress Learner::progress() const {
+  absl::MutexLock lock(&mu_);
+  return progress_;
+}
+
+bool Learner::alternate() const {
+  return options_.experiment.learning().schedule() == config::v1::Learning::ALTERNATE;
+}
+
+}  // namespace orrery

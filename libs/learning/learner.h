@@ -1,0 +1,140 @@
+// The learner: reserves updates from replay, makes them, publishes snapshots, keeps checkpoints.
+#pragma once
+
+#include <prometheus/counter.h>
+#include <prometheus/gauge.h>
+#include <prometheus/histogram.h>
+#include <prometheus/registry.h>
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "libs/base/clock.h"
+#include "libs/client/replay_client.h"
+#include "libs/config/config.h"
+#include "libs/learning/checkpoint.h"
+#include "libs/learning/mirror.h"
+#include "libs/learning/snapshot_publisher.h"
+#include "libs/learning/trainer.h"
+
+namespace orrery {
+
+// Run on one thread; Stop and progress from any.
+//
+// ALTERNATE: waits until the mirror has every acknowledged row, makes all updates that are owed, publishes, waits (10 s at
+// most) until the subscribed planners serve that snapshot, reports. CONCURRENT: small grants, a snapshot every
+// snapshot_every_updates. A replay service that is away is waited for; only a lease taken over by another learner, data
+// that do not fit the mirror, and a model that cannot be trained end the run with an error.
+class Learner {
+ public:
+  struct UpdateReport {
+    int64_t updates = 0;  // made so far, this one included
+    UpdateResult result;
+    double update_seconds = 0;
+    double batch_wait_seconds = 0;
+    int64_t rows_appended = 0;  // training rows acknowledged, as last heard from replay
+  };
+  struct Options {
+    config::v1::Experiment experiment;  // valid, its model complete (complete_model.h)
+    std::string learner_id;             // unique among learners
+    std::string checkpoint_dir;         // empty: no checkpoints
+    bool resume = false;                // from the newest checkpoint, where there is one
+    torch::Device device = torch::kCPU;
+    std::shared_ptr<ReplayClient> replay;
+    std::unique_ptr<ChunkWatcher> watcher;
+    SnapshotPublisher* publisher = nullptr;    // must outlive the learner
+    prometheus::Registry* registry = nullptr;  // must outlive the learner
+    std::function<void(const UpdateReport&)> on_update;                        // on the learner's thread; may be empty
+    std::function<void(SnapshotVersion, const std::string& file)> on_snapshot;  // likewise
+    Clock* clock = &Clock::Real();
+  };
+  struct Progress {
+    int64_t updates = 0;
+    double loss = 0;  // total of the last update that was not skipped
+  };
+
+  // FAILED_PRECONDITION: checkpoints are there and `resume` is not set, or they are of another run; RESOURCE_EXHAUSTED: the
+  // data set would not fit in mirror_bytes; INVALID_ARGUMENT: the checkpoint is of another model.
+  static absl::StatusOr<std::unique_ptr<Learner>> Create(Options options);
+  ~Learner();
+
+  // Until the run is complete or Stop is called (OK, with a checkpoint saved), or learning cannot go on.
+  absl::Status Run();
+  void Stop();
+  Progress progress() const;
+
+ private:
+  struct Metrics {
+    explicit Metrics(prometheus::Registry& registry);
+    prometheus::Registry& registry;
+    prometheus::Counter& updates;
+    prometheus::Counter& skipped_updates;
+    prometheus::Counter& checkpoint_errors;
+    prometheus::Counter& refused_chunks;
+    prometheus::Histogram& update_seconds;
+    prometheus::Histogram& batch_wait_seconds;
+    prometheus::Histogram& publish_seconds;
+    prometheus::Gauge& gradient_norm;
+    prometheus::Gauge& updates_per_env_step;
+    prometheus::Gauge& snapshot_version;
+  };
+
+  explicit Learner(Options options);
+  absl::Status Initialize();
+  absl::Status Resume();
+  absl::Status Acquire();  // waits while another learner holds the lease
+  // Reserves and makes one block of updates. False: ended. Errors end the run.
+  absl::StatusOr<bool> Step();
+  absl::StatusOr<bool> MakeUpdates(int32_t count);
+  absl::Status MakeUpdate();
+  absl::StatusOr<StoredBatch> NextBatch();
+  absl::Status AwaitRows();
+  absl::Status Heartbeat();
+  void RefreshRows();
+  void Publish(bool always_keep);
+  void AwaitPlanners();
+  void SaveCheckpoint();
+  absl::Status RollBack();
+  void Observe(const UpdateReport& report);
+  void LogOutage(const char* call, const absl::Status& status);
+
+  bool stopped() const;
+  void WaitForStop(absl::Duration at_most);
+  bool alternate() const;
+  int64_t updates_to_report() const { return alternate() ? published_updates_ : updates_; }
+
+  Options options_;  // constant after Initialize
+  Metrics metrics_;
+  std::optional<CheckpointFolder> checkpoints_;
+  std::unique_ptr<Trainer> trainer_;
+  std::unique_ptr<Mirror> mirror_;
+  std::unique_ptr<MirroredSource> source_;
+
+  // The learner's thread only.
+  int64_t generation_ = 0;
+  int64_t updates_ = 0;
+  int64_t published_updates_ = 0;
+  int64_t saved_updates_ = -1;
+  int64_t rows_appended_ = 0;
+  int skipped_in_a_row_ = 0;
+  int rollbacks_ = 0;  // since the last checkpoint
+  absl::Time last_report_, last_kept_, last_stats_, last_outage_log_;
+  std::map<std::string, prometheus::Gauge*> loss_gauges_;
+
+  mutable absl::Mutex mu_;
+  absl::CondVar stop_requested_;
+  bool stopped_ ABSL_GUARDED_BY(mu_) = false;
+  Progress progress_ ABSL_GUARDED_BY(mu_);
+};
+
+}  // namespace orrery

@@ -1,0 +1,48 @@
+// A model in training: parameters, optimizer and randomness, as one thing that can be saved and restored.
+#pragma once
+
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <memory>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "libs/config/config.h"
+#include "libs/learning/batch_source.h"
+#include "libs/learning/update.h"
+#include "libs/world_model/world_model.h"
+
+namespace orrery {
+
+// Not thread-safe. On CPU the same seed and the same batches give the same parameters, bit by bit, whether or not the state
+// went through State and Restore in between.
+class Trainer {
+ public:
+  // `model` complete; both valid. INVALID_ARGUMENT or INTERNAL: the model cannot be made on that device.
+  static absl::StatusOr<std::unique_ptr<Trainer>> Create(const config::v1::Model& model,
+                                                         const config::v1::Learning& learning, uint64_t seed,
+                                                         torch::Device device);
+  // One update from a batch as stored: to the device, preprocessed, then the updater. INTERNAL: LibTorch failed.
+  absl::StatusOr<UpdateResult> Update(const StoredBatch& batch);
+
+  // "param.<name>", the optimizer's "adam.…", "random.generator". Copies on CPU.
+  TensorMap State() const;
+  // Takes such a state. INVALID_ARGUMENT names the first tensor that is missing or of another shape or type; then nothing
+  // changed. Without `with_random` the generator goes on as it is.
+  absl::Status Restore(const TensorMap& state, bool with_random);
+
+  const WorldModel& model() const { return *model_; }
+
+ private:
+  Trainer(std::shared_ptr<WorldModel> model, const config::v1::Learning& learning, torch::Generator generator,
+          torch::Device device);
+  absl::Status CheckParameters(const TensorMap& state) const;
+
+  const torch::Device device_;
+  std::shared_ptr<WorldModel> model_;
+  torch::Generator generator_;
+  Updater updater_;
+};
+
+}  // namespace orrery

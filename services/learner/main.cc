@@ -1,0 +1,174 @@
+// orrery-learner: fits the world model of one run and pushes its snapshots to planners.
+#include <signal.h>
+#include <torch/torch.h>
+#include <unistd.h>
+
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "libs/base/cpu.h"
+#include "libs/base/log.h"
+#include "libs/base/status.h"
+#include "libs/client/channel.h"
+#include "libs/config/config.h"
+#include "libs/learning/complete_model.h"
+#include "libs/learning/learner.h"
+#include "libs/learning/training_log.h"
+#include "libs/telemetry/service_main.h"
+#include "services/learner/learner_service_impl.h"
+
+namespace orrery {
+namespace {
+
+const ServiceDefaults kDefaults{"learner", 7102, 7202, 9102};
+constexpr int64_t kLogEveryUpdates = 10;
+
+struct LearnerFlags {
+  CommonFlags common;
+  std::string replay = "127.0.0.1:7101";
+  std::string checkpoint_dir;
+  std::string log_dir;
+  bool resume = false;
+  std::string device = "cpu";
+  int threads = 0;
+};
+
+void AddFlags(CLI::App& app, LearnerFlags& flags) {
+  AddCommonFlags(app, kDefaults, flags.common);
+  app.get_option("--config")->required();
+  app.add_option("--replay", flags.replay, "Replay service of the run")->type_name("HOST:PORT")->capture_default_str();
+  app.add_option("--checkpoint_dir", flags.checkpoint_dir, "Folder of the checkpoints; default: none are kept")
+      ->type_name("FOLDER");
+  app.add_option("--log_dir", flags.log_dir, "Folder for learner.csv and TensorBoard events; default: none are written")
+      ->type_name("FOLDER");
+  app.add_flag("--resume", flags.resume, "Go on from the newest checkpoint, where there is one");
+  app.add_option("--device", flags.device, "cpu, cuda or cuda:N")->capture_default_str();
+  app.add_option("--threads", flags.threads, "Threads that compute; 0: as many as affinity and cgroup leave")
+      ->check(CLI::Range(0, 1024))
+      ->capture_default_str();
+}
+
+// Unique across machines and restarts: the lease belongs to this process.
+std::string MakeLearnerId() {
+  char host[65] = "";
+  gethostname(host, sizeof(host) - 1);
+  return absl::StrCat("learner-", host, "-", getpid(), "-", absl::Hex(std::random_device{}()));
+}
+
+absl::StatusOr<torch::Device> ParseDevice(const std::string& name) {
+  return CatchExceptions(absl::StrCat("--device=", name), [&]() -> absl::StatusOr<torch::Device> {
+    const torch::Device device(name);
+    if (!device.is_cpu() && !(device.is_cuda() && torch::cuda::is_available())) {
+      return absl::InvalidArgumentError(absl::StrCat("--device=", name, " is not there; expected cpu, cuda or cuda:N"));
+    }
+    return device;
+  });
+}
+
+// The learning curve as learner.csv and events in one folder; opened at the first update, when it is known where learning
+// goes on. The learner's thread only.
+class CurveWriter {
+ public:
+  explicit CurveWriter(std::string folder) : folder_(std::move(folder)) {}
+
+  void Add(const Learner::UpdateReport& report) {
+    if (folder_.empty() || failed_) return;
+    const absl::Status status = Write(report);
+    if (status.ok()) return;
+    failed_ = true;
+    LogError("the learning curve is not written any more reason={}", status.ToString());
+  }
+
+ private:
+  absl::Status Open(int64_t first_update) {
+    ASSIGN_OR_RETURN(events_, EventLog::Create(folder_, first_update, absl::Now()));
+    ASSIGN_OR_RETURN(csv_, CsvLog::Open(folder_ + "/learner.csv",
+                                        {"loss/total", "loss/observation", "loss/reward", "loss/kl", "loss/overshooting",
+                                         "gradient_norm", "update_seconds", "batch_wait_seconds", "rows"},
+                                        first_update - 1));
+    return absl::OkStatus();
+  }
+
+  absl::Status Write(const Learner::UpdateReport& report) {
+    if (csv_ == nullptr) RETURN_IF_ERROR(Open(report.updates));
+    if (report.updates % kLogEveryUpdates != 0) return absl::OkStatus();
+    std::map<std::string, double> values = {{"gradient_norm", report.result.gradient_norm},
+                                            {"update_seconds", report.update_seconds},
+                                            {"batch_wait_seconds", report.batch_wait_seconds},
+                                            {"rows", static_cast<double>(report.rows_appended)}};
+    for (const auto& [term, loss] : report.result.losses) values["loss/" + term] = loss;
+    RETURN_IF_ERROR(csv_->Add(report.updates, values));
+    return events_->Add(report.updates, absl::Now(), values);
+  }
+
+  const std::string folder_;
+  std::unique_ptr<CsvLog> csv_;
+  std::unique_ptr<EventLog> events_;
+  bool failed_ = false;
+};
+
+absl::Status Serve(const LearnerFlags& flags) {
+  torch::set_num_threads(flags.threads > 0 ? flags.threads : AvailableCpus());
+  torch::set_num_interop_threads(1);
+  ASSIGN_OR_RETURN(const config::v1::Experiment loaded, LoadExperiment(flags.common.config, flags.common.set));
+  Learner::Options options;
+  ASSIGN_OR_RETURN(options.experiment, CompleteExperiment(loaded));
+  LogInfo("configuration\n{}", ToText(options.experiment));
+  ASSIGN_OR_RETURN(options.device, ParseDevice(flags.device));
+  ASSIGN_OR_RETURN(const std::shared_ptr<grpc::Channel> replay, MakeChannel(flags.replay));
+
+  HostOptions host_options = MakeHostOptions(kDefaults, flags.common);
+  const std::shared_ptr<prometheus::Registry> registry = host_options.registry;
+  const std::string run = options.experiment.name();
+  SnapshotPublisher publisher;
+  CurveWriter curve(flags.log_dir);
+  std::unique_ptr<ServiceHost> host;
+  options.learner_id = MakeLearnerId();
+  options.checkpoint_dir = flags.checkpoint_dir;
+  options.resume = flags.resume;
+  options.replay = std::make_shared<ReplayClient>(replay, run);
+  options.watcher = ChunkWatcher::Create(replay, run);
+  options.publisher = &publisher;
+  options.registry = registry.get();
+  options.on_update = [&](const Learner::UpdateReport& report) { curve.Add(report); };
+  options.on_snapshot = [&](SnapshotVersion, const std::string&) { host->SetReady(true); };
+  ASSIGN_OR_RETURN(const std::unique_ptr<Learner> learner, Learner::Create(std::move(options)));
+
+  LearnerServiceImpl service(run, &publisher, [&] {
+    const Learner::Progress progress = learner->progress();
+    return LearnerServiceImpl::Progress{progress.updates, progress.loss};
+  });
+  host_options.services = {&service};
+  ASSIGN_OR_RETURN(host, ServiceHost::Start(std::move(host_options)));
+
+  absl::Status result;
+  std::thread thread([&] {
+    result = learner->Run();
+    // A learner that cannot go on ends the process the same way as an operator does. One whose run is complete goes on
+    // serving its last snapshot.
+    if (!result.ok()) kill(getpid(), SIGTERM);
+  });
+  AwaitShutdown(*host, kDefaults.name, [&] {
+    learner->Stop();
+    thread.join();
+    publisher.Close();
+  });
+  host.reset();  // before the service that it serves
+  return result;
+}
+
+}  // namespace
+}  // namespace orrery
+
+int main(int argc, char** argv) {
+  orrery::LearnerFlags flags;
+  CLI::App app("Fits the world model of a run and pushes its snapshots to planners.");
+  orrery::AddFlags(app, flags);
+  return orrery::RunProgram(argc, argv, app, "orrery-learner", flags.common, [&] { return orrery::Serve(flags); });
+}
