@@ -14,6 +14,7 @@ namespace orrery {
 namespace {
 
 constexpr size_t kMaxRunIdBytes = 128;
+constexpr size_t kMaxPayloadBytes = size_t{256} << 20;
 
 bool ParseHash(absl::string_view text, uint64_t& value) {
   return text.size() == 16 && absl::SimpleHexAtoi(text, &value);
@@ -70,6 +71,9 @@ absl::Status CheckChunk(const Chunk& chunk) {
   if (end < 1 || end > 3) return refuse("end", end, "1 to 3");
   if (info.payload_bytes != static_cast<int64_t>(chunk.payload.size())) {
     return refuse("payload_bytes", info.payload_bytes, absl::StrCat("the payload's size, ", chunk.payload.size()));
+  }
+  if (chunk.payload.size() > kMaxPayloadBytes) {
+    return refuse("the payload's size", chunk.payload.size(), absl::StrCat("at most ", kMaxPayloadBytes, " bytes"));
   }
   if (chunk.run_id.size() > kMaxRunIdBytes) {
     return refuse("run_id's size", chunk.run_id.size(), absl::StrCat("at most ", kMaxRunIdBytes, " bytes"));

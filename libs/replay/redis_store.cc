@@ -1,0 +1,430 @@
+#include "libs/replay/redis_store.h"
+
+#include <algorithm>
+#include <map>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
+#include "absl/time/clock.h"
+#include "libs/base/status.h"
+#include "libs/replay/chunk_text.h"
+#include "libs/replay/redis_client.h"
+
+namespace orrery {
+namespace {
+
+constexpr char kSchema[] = "1";
+constexpr int kMaxPartitions = 1024;
+// Chunks of one pipeline or script: bounds the memory of replies and the time that Redis serves nobody else.
+constexpr size_t kReadBatch = 32;
+constexpr size_t kEvictBatch = 256;
+
+// KEYS: data set. ARGV: schema, partitions, generation.
+constexpr char kOpenScript[] = R"(
+if redis.call('EXISTS', KEYS[1]) == 0 then
+  redis.call('HSET', KEYS[1], 'schema', ARGV[1], 'partitions', ARGV[2], 'generation', ARGV[3])
+end
+return redis.call('HMGET', KEYS[1], 'schema', 'partitions', 'generation'))";
+
+// KEYS: chunk, live, log, sequence. ARGV: run id, info, payload, key text, length of the log.
+// Returns 1 (stored), 0 (was there) or -1 (other contents).
+constexpr char kAppendScript[] = R"(
+local kept = redis.call('HMGET', KEYS[1], 'run_id', 'info', 'payload')
+if kept[2] then
+  if kept[1] == ARGV[1] and kept[2] == ARGV[2] and kept[3] == ARGV[3] then return 0 end
+  return -1
+end
+redis.call('HSET', KEYS[1], 'run_id', ARGV[1], 'info', ARGV[2], 'payload', ARGV[3])
+redis.call('ZADD', KEYS[2], 0, ARGV[4] .. ' ' .. ARGV[2])
+local id = string.format('%.0f-0', redis.call('INCR', KEYS[4]))
+redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[5], id, 'append', ARGV[2])
+return 1)";
+
+// KEYS: live, log, sequence, chunks. ARGV: length of the log, key texts. The chunk goes first: on a full Redis a script may
+// write what needs memory only after it has written something that does not.
+constexpr char kEvictScript[] = R"(
+for i = 4, #KEYS do
+  local info = redis.call('HGET', KEYS[i], 'info')
+  if info then
+    redis.call('UNLINK', KEYS[i])
+    local key = ARGV[i - 2]
+    redis.call('ZREMRANGEBYLEX', KEYS[1], '[' .. key .. ' ', '(' .. key .. '!')
+    local id = string.format('%.0f-0', redis.call('INCR', KEYS[3]))
+    redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[1], id, 'evict', info)
+  end
+end
+return 1)";
+
+// KEYS: log, sequence. ARGV: position, count. Returns the last position and the entries after the given one, or -1 when
+// some of them are gone.
+constexpr char kChangesScript[] = R"(
+local last = tonumber(redis.call('GET', KEYS[2]) or '0')
+local at = tonumber(ARGV[1])
+if at > last then return {-1, {}} end
+local first = string.format('%.0f-0', at + 1)
+local entries = redis.call('XRANGE', KEYS[1], first, '+', 'COUNT', ARGV[2])
+if at < last and (#entries == 0 or entries[1][1] ~= first) then return {-1, {}} end
+return {last, entries})";
+
+// KEYS: value. ARGV: expected version, new version, value. Returns 1 or the version that is there.
+constexpr char kCompareAndSetScript[] = R"(
+local version = redis.call('HGET', KEYS[1], 'version') or '0'
+if version ~= ARGV[1] then return version end
+redis.call('HSET', KEYS[1], 'version', ARGV[2], 'value', ARGV[3])
+return 1)";
+
+// KEYS: snapshot. ARGV: order, generation, counter, file.
+constexpr char kPutSnapshotScript[] = R"(
+local kept = redis.call('HGET', KEYS[1], 'order')
+if kept and kept >= ARGV[1] then return 0 end
+redis.call('HSET', KEYS[1], 'order', ARGV[1], 'generation', ARGV[2], 'counter', ARGV[3], 'file', ARGV[4])
+return 1)";
+
+// Where a reader is: in the log of each partition, and while it still lists the live chunks, the last one listed.
+struct Cursor {
+  std::vector<int64_t> positions;
+  std::string listed;  // key text; empty: listing is done
+};
+
+// Thread-safe (the client is, the rest is constant).
+class RedisStore : public Store {
+ public:
+  explicit RedisStore(const StoreOptions& options, RedisAddress address)
+      : run_(options.run), log_length_(absl::StrCat(options.change_log_length)), client_(std::move(address), options.timeout) {}
+
+  absl::Status Open(int partitions);
+
+  absl::Status Append(const Chunk& chunk) override;
+  absl::StatusOr<std::vector<std::optional<Chunk>>> Read(absl::Span<const ChunkKey> keys) override;
+  absl::StatusOr<ChangeBatch> Changes(const std::string& cursor, int max, absl::Duration wait) override;
+  absl::Status Evict(absl::Span<const ChunkKey> keys) override;
+  absl::StatusOr<VersionedValue> Get(const std::string& name) override;
+  absl::Status CompareAndSet(const std::string& name, int64_t expected_version, const std::string& value) override;
+  absl::Status PutSnapshot(const Snapshot& snapshot) override;
+  absl::StatusOr<Snapshot> GetSnapshot() override;
+  absl::StatusOr<absl::Time> Now() override;
+
+ private:
+  int PartitionOf(const ChunkKey& key) const { return static_cast<int>(key.episode_id % partitions_); }
+  std::string PartitionKey(int p, absl::string_view name) const { return absl::StrCat("orrery:{", run_, ":", p, "}:", name); }
+  std::string ChunkKeyName(const ChunkKey& key) const {
+    return PartitionKey(PartitionOf(key), absl::StrCat("chunk:", key.episode_id, ":", key.first_row));
+  }
+  std::string RunKey(absl::string_view name) const { return absl::StrCat("orrery:{", run_, "}:", name); }
+
+  absl::StatusOr<std::optional<Chunk>> ToChunk(const ChunkKey& key, const RedisReply& reply) const;
+  std::string CursorText(const Cursor& cursor) const;
+  absl::StatusOr<Cursor> ParseCursor(const std::string& text) const;
+  absl::StatusOr<std::vector<int64_t>> LastPositions();
+  // Fills `batch` with live chunks after cursor.listed.
+  absl::Status List(Cursor& cursor, size_t max, ChangeBatch& batch);
+  // Fills `batch` from the logs.
+  absl::Status Follow(Cursor& cursor, size_t max, ChangeBatch& batch);
+  absl::Status AwaitChange(const Cursor& cursor, absl::Duration wait);
+
+  const std::string run_;
+  const std::string log_length_;
+  RedisClient client_;
+  // Constant once open.
+  int partitions_ = 1;
+  std::string generation_;
+  std::string append_, evict_, changes_, compare_and_set_, put_snapshot_;
+};
+
+absl::Status Unexpected(absl::string_view key) {
+  return absl::DataLossError(absl::StrCat("Redis key ", key, " does not hold what it should (docs/replay_storage.md)"));
+}
+
+bool IsArray(const RedisReply& reply, size_t size) {
+  return reply.kind == RedisReply::Kind::kArray && reply.elements.size() == size;
+}
+
+absl::Status RedisStore::Open(int partitions) {
+  for (const auto& [source, sha] : std::vector<std::pair<const char*, std::string*>>{
+           {kAppendScript, &append_}, {kEvictScript, &evict_}, {kChangesScript, &changes_},
+           {kCompareAndSetScript, &compare_and_set_}, {kPutSnapshotScript, &put_snapshot_}}) {
+    ASSIGN_OR_RETURN(*sha, client_.LoadScript(source));
+  }
+  const std::string key = RunKey("data_set");
+  ASSIGN_OR_RETURN(const std::string open, client_.LoadScript(kOpenScript));
+  ASSIGN_OR_RETURN(const RedisReply reply,
+                   client_.RunOne(RedisClient::Script(open, {key}, {kSchema, absl::StrCat(partitions), RandomIdentity()})));
+  if (!IsArray(reply, 3)) return Unexpected(key);
+  if (reply.elements[0].text != kSchema) {
+    return absl::FailedPreconditionError(absl::StrCat("data set '", run_, "' in Redis has schema version '", reply.elements[0].text,
+                                                      "', expected ", kSchema));
+  }
+  generation_ = reply.elements[2].text;
+  if (!absl::SimpleAtoi(reply.elements[1].text, &partitions_) || partitions_ < 1 || partitions_ > kMaxPartitions ||
+      generation_.empty()) {
+    return Unexpected(key);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status RedisStore::Append(const Chunk& chunk) {
+  RETURN_IF_ERROR(CheckChunk(chunk));
+  const ChunkKey& key = chunk.info.key;
+  const int p = PartitionOf(key);
+  ASSIGN_OR_RETURN(const RedisReply reply,
+                   client_.RunOne(RedisClient::Script(
+                       append_, {ChunkKeyName(key), PartitionKey(p, "live"), PartitionKey(p, "log"), PartitionKey(p, "sequence")},
+                       {chunk.run_id, InfoText(chunk.info), chunk.payload, KeyText(key), log_length_})));
+  return reply.integer < 0 ? OtherContents(key) : absl::OkStatus();
+}
+
+absl::StatusOr<std::optional<Chunk>> RedisStore::ToChunk(const ChunkKey& key, const RedisReply& reply) const {
+  if (!IsArray(reply, 3)) return Unexpected(ChunkKeyName(key));
+  if (reply.elements[1].kind == RedisReply::Kind::kNil) return std::nullopt;
+  const absl::StatusOr<ChunkInfo> info = ParseInfoText(reply.elements[1].text);
+  if (!info.ok() || info->key != key || info->payload_bytes != static_cast<int64_t>(reply.elements[2].text.size())) {
+    return Unexpected(ChunkKeyName(key));
+  }
+  return Chunk{reply.elements[0].text, *info, reply.elements[2].text};
+}
+
+absl::StatusOr<std::vector<std::optional<Chunk>>> RedisStore::Read(absl::Span<const ChunkKey> keys) {
+  std::vector<std::optional<Chunk>> chunks;
+  for (size_t begin = 0; begin < keys.size(); begin += kReadBatch) {
+    const absl::Span<const ChunkKey> part = keys.subspan(begin, kReadBatch);
+    std::vector<RedisCommand> commands;
+    for (const ChunkKey& key : part) commands.push_back({"HMGET", ChunkKeyName(key), "run_id", "info", "payload"});
+    ASSIGN_OR_RETURN(const std::vector<RedisReply> replies, client_.Run(commands));
+    for (size_t i = 0; i < part.size(); ++i) {
+      ASSIGN_OR_RETURN(std::optional<Chunk> chunk, ToChunk(part[i], replies[i]));
+      chunks.push_back(std::move(chunk));
+    }
+  }
+  return chunks;
+}
+
+absl::Status RedisStore::Evict(absl::Span<const ChunkKey> keys) {
+  std::map<int, std::vector<ChunkKey>> by_partition;
+  for (const ChunkKey& key : keys) {
+    if (key.episode_id >= 1) by_partition[PartitionOf(key)].push_back(key);
+  }
+  for (const auto& [p, victims] : by_partition) {
+    for (size_t begin = 0; begin < victims.size(); begin += kEvictBatch) {
+      std::vector<std::string> names = {PartitionKey(p, "live"), PartitionKey(p, "log"), PartitionKey(p, "sequence")};
+      std::vector<std::string> arguments = {log_length_};
+      for (const ChunkKey& key : absl::MakeConstSpan(victims).subspan(begin, kEvictBatch)) {
+        names.push_back(ChunkKeyName(key));
+        arguments.push_back(KeyText(key));
+      }
+      RETURN_IF_ERROR(client_.RunOne(RedisClient::Script(evict_, names, std::move(arguments))).status());
+    }
+  }
+  return absl::OkStatus();
+}
+
+std::string RedisStore::CursorText(const Cursor& cursor) const {
+  std::string text = absl::StrCat(generation_, " ", absl::StrJoin(cursor.positions, ","));
+  if (!cursor.listed.empty()) absl::StrAppend(&text, " ", cursor.listed);
+  return text;
+}
+
+absl::StatusOr<Cursor> RedisStore::ParseCursor(const std::string& text) const {
+  const std::vector<absl::string_view> parts = absl::StrSplit(text, ' ');
+  Cursor cursor;
+  bool good = (parts.size() == 2 || parts.size() == 3) && parts[0] == generation_;
+  if (good) {
+    for (const absl::string_view number : absl::StrSplit(parts[1], ',')) {
+      cursor.positions.push_back(0);
+      good = good && absl::SimpleAtoi(number, &cursor.positions.back()) && cursor.positions.back() >= 0;
+    }
+    good = good && cursor.positions.size() == static_cast<size_t>(partitions_);
+    if (good && parts.size() == 3) {
+      cursor.listed = std::string(parts[2]);
+      good = ParseKeyText(cursor.listed).ok();
+    }
+  }
+  if (!good) return absl::OutOfRangeError("cursor of another data set; begin without one");
+  return cursor;
+}
+
+absl::StatusOr<std::vector<int64_t>> RedisStore::LastPositions() {
+  std::vector<RedisCommand> commands;
+  for (int p = 0; p < partitions_; ++p) commands.push_back({"GET", PartitionKey(p, "sequence")});
+  ASSIGN_OR_RETURN(const std::vector<RedisReply> replies, client_.Run(commands));
+  std::vector<int64_t> positions;
+  for (int p = 0; p < partitions_; ++p) {
+    positions.push_back(0);
+    if (replies[p].kind != RedisReply::Kind::kNil && !absl::SimpleAtoi(replies[p].text, &positions.back())) {
+      return Unexpected(PartitionKey(p, "sequence"));
+    }
+  }
+  return positions;
+}
+
+// Every partition lists in the order of keys; merged, so that readers see old episodes first.
+absl::Status RedisStore::List(Cursor& cursor, size_t max, ChangeBatch& batch) {
+  std::vector<RedisCommand> commands;
+  for (int p = 0; p < partitions_; ++p) {
+    commands.push_back({"ZRANGEBYLEX", PartitionKey(p, "live"), absl::StrCat("(", cursor.listed, "!"), "+", "LIMIT", "0", absl::StrCat(max)});
+  }
+  ASSIGN_OR_RETURN(const std::vector<RedisReply> replies, client_.Run(commands));
+  std::vector<absl::string_view> members;
+  for (const RedisReply& reply : replies) {
+    for (const RedisReply& member : reply.elements) members.push_back(member.text);
+  }
+  // A partition that has more than it sent has sent `max`.
+  const bool done = members.size() < max;
+  std::sort(members.begin(), members.end());
+  members.resize(std::min(members.size(), max));
+  for (const absl::string_view member : members) {
+    const std::pair<absl::string_view, absl::string_view> parts = absl::StrSplit(member, absl::MaxSplits(' ', 1));
+    ASSIGN_OR_RETURN(const ChunkInfo info, ParseInfoText(parts.second));
+    batch.changes.push_back({Change::Kind::kAppend, info});
+    cursor.listed = std::string(parts.first);
+  }
+  if (done) {
+    cursor.listed.clear();
+    ASSIGN_OR_RETURN(const std::vector<int64_t> last, LastPositions());
+    batch.caught_up = last == cursor.positions;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status RedisStore::Follow(Cursor& cursor, size_t max, ChangeBatch& batch) {
+  // Each partition gets its share of `max`; where that is less than one entry they take turns.
+  const std::string share = absl::StrCat(std::max<size_t>(1, max / partitions_));
+  std::vector<RedisCommand> commands;
+  int64_t turn = 0;
+  for (int p = 0; p < partitions_; ++p) {
+    turn += cursor.positions[p];
+    commands.push_back(RedisClient::Script(changes_, {PartitionKey(p, "log"), PartitionKey(p, "sequence")},
+                                           {absl::StrCat(cursor.positions[p]), share}));
+  }
+  ASSIGN_OR_RETURN(const std::vector<RedisReply> replies, client_.Run(commands));
+  batch.caught_up = true;
+  for (int i = 0; i < partitions_; ++i) {
+    const int p = static_cast<int>((turn + i) % partitions_);
+    if (!IsArray(replies[p], 2)) return Unexpected(PartitionKey(p, "log"));
+    const int64_t last = replies[p].elements[0].integer;
+    if (last < 0) return absl::OutOfRangeError("cursor is too old; begin without one");
+    for (const RedisReply& entry : replies[p].elements[1].elements) {
+      if (batch.changes.size() == max) break;
+      // An entry is its id, "<position>-0", and its one field: what happened, to which chunk.
+      if (!IsArray(entry, 2) || !IsArray(entry.elements[1], 2)) return Unexpected(PartitionKey(p, "log"));
+      absl::string_view id = entry.elements[0].text;
+      const std::string& kind = entry.elements[1].elements[0].text;
+      if (!absl::ConsumeSuffix(&id, "-0") || !absl::SimpleAtoi(id, &cursor.positions[p]) || (kind != "append" && kind != "evict")) {
+        return Unexpected(PartitionKey(p, "log"));
+      }
+      ASSIGN_OR_RETURN(const ChunkInfo info, ParseInfoText(entry.elements[1].elements[1].text));
+      batch.changes.push_back({kind == "append" ? Change::Kind::kAppend : Change::Kind::kEvict, info});
+    }
+    batch.caught_up = batch.caught_up && cursor.positions[p] == last;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status RedisStore::AwaitChange(const Cursor& cursor, absl::Duration wait) {
+  RedisCommand command = {"XREAD", "COUNT", "1", "BLOCK", absl::StrCat(std::max<int64_t>(1, absl::ToInt64Milliseconds(wait))), "STREAMS"};
+  for (int p = 0; p < partitions_; ++p) command.push_back(PartitionKey(p, "log"));
+  for (const int64_t position : cursor.positions) command.push_back(absl::StrCat(position, "-0"));
+  return client_.RunOne(std::move(command), true, wait).status();
+}
+
+absl::StatusOr<ChangeBatch> RedisStore::Changes(const std::string& cursor_text, int max, absl::Duration wait) {
+  const absl::Time deadline = absl::Now() + wait;
+  const size_t limit = std::max(1, max);
+  ChangeBatch batch;
+  Cursor cursor;
+  if (cursor_text.empty()) {
+    ASSIGN_OR_RETURN(cursor.positions, LastPositions());
+    cursor.listed = KeyText({0, 0});  // before every episode
+  } else {
+    ASSIGN_OR_RETURN(cursor, ParseCursor(cursor_text));
+  }
+  if (!cursor.listed.empty()) {
+    RETURN_IF_ERROR(List(cursor, limit, batch));
+  } else {
+    while (true) {
+      batch = {};
+      RETURN_IF_ERROR(Follow(cursor, limit, batch));
+      const absl::Duration left = deadline - absl::Now();
+      if (!batch.changes.empty() || left <= absl::ZeroDuration()) break;
+      RETURN_IF_ERROR(AwaitChange(cursor, left));
+    }
+  }
+  batch.cursor = CursorText(cursor);
+  return batch;
+}
+
+absl::StatusOr<VersionedValue> RedisStore::Get(const std::string& name) {
+  RETURN_IF_ERROR(CheckName("name of a value", name));
+  const std::string key = RunKey(absl::StrCat("value:", name));
+  ASSIGN_OR_RETURN(RedisReply reply, client_.RunOne({"HMGET", key, "version", "value"}));
+  if (!IsArray(reply, 2)) return Unexpected(key);
+  VersionedValue value;
+  if (reply.elements[0].kind == RedisReply::Kind::kNil) return value;
+  if (!absl::SimpleAtoi(reply.elements[0].text, &value.version)) return Unexpected(key);
+  value.value = std::move(reply.elements[1].text);
+  return value;
+}
+
+// Not repeated when a connection breaks: if the first one was done, the second would look as if another came first.
+absl::Status RedisStore::CompareAndSet(const std::string& name, int64_t expected_version, const std::string& value) {
+  RETURN_IF_ERROR(CheckName("name of a value", name));
+  ASSIGN_OR_RETURN(const RedisReply reply,
+                   client_.RunOne(RedisClient::Script(compare_and_set_, {RunKey(absl::StrCat("value:", name))},
+                                                      {absl::StrCat(expected_version), absl::StrCat(expected_version + 1), value}),
+                                  /*repeatable=*/false));
+  if (reply.kind == RedisReply::Kind::kInteger) return absl::OkStatus();
+  return absl::AbortedError(absl::StrCat("value '", name, "' has version ", reply.text, ", not ", expected_version));
+}
+
+absl::Status RedisStore::PutSnapshot(const Snapshot& snapshot) {
+  const SnapshotVersion& version = snapshot.version;
+  if (version <= SnapshotVersion{}) return absl::OkStatus();
+  const std::string order = absl::StrFormat("%016x%016x", version.generation, version.counter);
+  return client_
+      .RunOne(RedisClient::Script(put_snapshot_, {RunKey("snapshot")},
+                                  {order, absl::StrCat(version.generation), absl::StrCat(version.counter), snapshot.file}))
+      .status();
+}
+
+absl::StatusOr<Store::Snapshot> RedisStore::GetSnapshot() {
+  const std::string key = RunKey("snapshot");
+  ASSIGN_OR_RETURN(RedisReply reply, client_.RunOne({"HMGET", key, "generation", "counter", "file"}));
+  if (!IsArray(reply, 3)) return Unexpected(key);
+  if (reply.elements[0].kind == RedisReply::Kind::kNil) return absl::NotFoundError("no snapshot yet");
+  Snapshot snapshot;
+  if (!absl::SimpleAtoi(reply.elements[0].text, &snapshot.version.generation) ||
+      !absl::SimpleAtoi(reply.elements[1].text, &snapshot.version.counter)) {
+    return Unexpected(key);
+  }
+  snapshot.file = std::move(reply.elements[2].text);
+  return snapshot;
+}
+
+absl::StatusOr<absl::Time> RedisStore::Now() {
+  ASSIGN_OR_RETURN(const RedisReply reply, client_.RunOne({"TIME"}));
+  int64_t seconds = 0, micros = 0;
+  if (!IsArray(reply, 2) || !absl::SimpleAtoi(reply.elements[0].text, &seconds) ||
+      !absl::SimpleAtoi(reply.elements[1].text, &micros)) {
+    return absl::DataLossError("Redis answers TIME with something else");
+  }
+  return absl::FromUnixMicros(seconds * 1000000 + micros);
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Store>> OpenRedisStore(const StoreOptions& options) {
+  if (options.partitions < 1 || options.partitions > kMaxPartitions) {
+    return absl::InvalidArgumentError(absl::StrCat("partitions is ", options.partitions, ", expected 1 to ", kMaxPartitions));
+  }
+  ASSIGN_OR_RETURN(RedisAddress address, ParseRedisUrl(options.location));
+  auto store = std::make_unique<RedisStore>(options, std::move(address));
+  RETURN_IF_ERROR(store->Open(options.partitions));
+  return store;
+}
+
+}  // namespace orrery
