@@ -10,7 +10,7 @@
 namespace orrery {
 namespace {
 constexpr int kChangesPerRead = 1000;
-constexpr absl::Duration kChangesWait = absl::Milliseconds(500);
+constexpr absl::Duration kChangesWait = absl::Milliseconds(200);
 constexpr absl::Duration kRetryWait = absl::Milliseconds(500);
 constexpr size_t kMaxIndexes = 4;
 }  // namespace
