@@ -1,0 +1,276 @@
+#include "libs/serving/engine.h"
+
+#include <ATen/CPUGeneratorImpl.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <map>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "libs/base/random.h"
+#include "libs/base/status.h"
+#include "libs/config/config.h"
+#include "libs/tensors/tensors.h"
+
+namespace orrery {
+namespace {
+
+// Clients that compute in other precisions may round an action just over the bound.
+constexpr float kActionBound = 1 + 1e-5f;
+constexpr float kMaxNoise = 10;
+
+using Outputs = std::vector<absl::StatusOr<SlotOutput>>;
+
+// What a modality looks like on the wire.
+Array ExpectedShape(const config::v1::Modality& modality) {
+  if (modality.has_image()) {
+    const config::v1::ImageModality& image = modality.image();
+    return {DType::kUInt8, {image.height(), image.width(), image.channels()}, ""};
+  }
+  return {DType::kFloat32, {modality.vector().size()}, ""};
+}
+
+std::string Describe(const Array& array) { return absl::StrCat(Name(array.dtype), " ", ShapeString(array.shape)); }
+
+absl::Status CheckObservations(const config::v1::Model& model, const ArrayMap& observations, absl::string_view what) {
+  for (const auto& [name, array] : observations) {
+    const bool known = std::any_of(model.modalities().begin(), model.modalities().end(),
+                                   [&n = name](const config::v1::Modality& m) { return m.name() == n; });
+    if (known) continue;
+    return absl::InvalidArgumentError(absl::StrCat(
+        what, ".observations: unknown modality \"", name, "\", expected ",
+        absl::StrJoin(model.modalities(), ", ",
+                      [](std::string* out, const config::v1::Modality& m) { absl::StrAppend(out, "\"", m.name(), "\""); })));
+  }
+  for (const config::v1::Modality& modality : model.modalities()) {
+    const Array expected = ExpectedShape(modality);
+    const auto it = observations.find(modality.name());
+    if (it == observations.end()) {
+      return absl::InvalidArgumentError(absl::StrCat(what, ".observations: modality \"", modality.name(),
+                                                     "\" is missing, expected ", Describe(expected)));
+    }
+    const Array& array = it->second;
+    if (array.dtype != expected.dtype || array.shape != expected.shape) {
+      return absl::InvalidArgumentError(absl::StrCat(what, ".observations \"", modality.name(), "\" is ", Describe(array),
+                                                     ", expected ", Describe(expected)));
+    }
+    RETURN_IF_ERROR(CheckArray(array, absl::StrCat(what, ".observations \"", modality.name(), "\"")));
+    if (array.dtype != DType::kFloat32) continue;
+    for (const float value : array.as<float>()) {
+      if (!std::isfinite(value)) {
+        return absl::InvalidArgumentError(absl::StrCat(what, ".observations \"", modality.name(), "\" holds ", value,
+                                                       ", expected finite numbers"));
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckAction(const config::v1::Model& model, const std::vector<float>& action, absl::string_view what) {
+  if (action.empty()) return absl::OkStatus();
+  const int size = ActionSize(model);
+  if (action.size() != static_cast<size_t>(size)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(what, ".previous_action has ", action.size(), " values, expected ", size, " (or none at the start)"));
+  }
+  int ones = 0;
+  for (const float value : action) {
+    if (!(std::abs(value) <= kActionBound)) {
+      return absl::InvalidArgumentError(absl::StrCat(what, ".previous_action holds ", value, ", expected -1 to 1"));
+    }
+    if (IsDiscrete(model) && value != 0 && value != 1) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(what, ".previous_action holds ", value, ", expected a one-hot vector of 0 and 1"));
+    }
+    ones += value == 1;
+  }
+  if (IsDiscrete(model) && ones > 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(what, ".previous_action holds ", ones, " ones, expected a one-hot vector (zeros at the start)"));
+  }
+  return absl::OkStatus();
+}
+
+torch::Generator MakeGenerator(uint64_t seed) { return at::make_generator<at::CPUGeneratorImpl>(seed); }
+
+// The inputs of a batch as tensors, and what is drawn for each slot before it is computed.
+struct BatchTensors {
+  TensorMap observations;      // preprocessed, [N, …]
+  LatentState belief;          // [N, D], [N, S]
+  torch::Tensor action;        // [N, A]
+  torch::Tensor noise;         // [N, S] standard normal
+  std::vector<uint64_t> plan_seeds;
+  std::vector<torch::Generator> generators;  // one per slot, for what is drawn later
+};
+
+// Observations of one slot, [1, …], preprocessed on the CPU with the slot's own noise.
+void AppendObservations(const WorldModel& model, const SlotInput& slot, torch::Generator& generator,
+                        std::map<std::string, std::vector<torch::Tensor>>& out) {
+  TensorMap stored;
+  for (const auto& [name, array] : slot.observations) stored[name] = ToTorch(array).unsqueeze(0);
+  for (auto& [name, tensor] : model.Preprocess(stored, generator)) out[name].push_back(tensor);
+}
+
+void CopyRow(torch::Tensor& rows, size_t row, const std::vector<float>& values) {
+  std::memcpy(rows.data_ptr<float>() + row * static_cast<size_t>(rows.size(1)), values.data(),
+              values.size() * sizeof(float));
+}
+
+absl::StatusOr<BatchTensors> MakeTensors(const ServedModel& served, absl::Span<const SlotInput* const> slots,
+                                         torch::Device device, prometheus::Histogram& belief_lag) {
+  const WorldModel& model = *served.model;
+  const int64_t n = static_cast<int64_t>(slots.size());
+  const BeliefShape shape = served.belief_shape();
+  BatchTensors batch;
+  batch.belief = {torch::zeros({n, model.deterministic_size()}), torch::zeros({n, model.stochastic_size()})};
+  batch.action = torch::zeros({n, model.action_size()});
+  std::map<std::string, std::vector<torch::Tensor>> observations;
+  std::vector<torch::Tensor> noise;
+  for (size_t i = 0; i < slots.size(); ++i) {
+    const SlotInput& slot = *slots[i];
+    if (!slot.belief.empty()) {
+      ASSIGN_OR_RETURN(const Belief belief, ParseBelief(slot.belief, shape));
+      CopyRow(batch.belief.deter, i, belief.deter);
+      CopyRow(batch.belief.stoch, i, belief.stoch);
+      belief_lag.Observe(static_cast<double>(std::max<int64_t>(0, served.version.counter - belief.version.counter)));
+    }
+    CopyRow(batch.action, i, slot.previous_action);
+    batch.generators.push_back(MakeGenerator(DeriveSeed(slot.seed, "act")));
+    batch.plan_seeds.push_back(DeriveSeed(slot.seed, "plan"));
+    AppendObservations(model, slot, batch.generators.back(), observations);
+    noise.push_back(torch::randn({model.stochastic_size()}, batch.generators.back()));
+  }
+  for (auto& [name, rows] : observations) batch.observations[name] = torch::cat(rows).to(device);
+  batch.belief = {batch.belief.deter.to(device), batch.belief.stoch.to(device)};
+  batch.action = batch.action.to(device);
+  batch.noise = torch::stack(noise).to(device);
+  return batch;
+}
+
+// The action as it is executed: with exploration, inside its range.
+std::vector<float> Explore(const config::v1::Model& model, torch::Tensor action, float noise, torch::Generator& generator) {
+  if (IsDiscrete(model)) {
+    if (noise > 0 && torch::rand({1}, generator).item<float>() < noise) {
+      const int64_t choice = torch::randint(action.size(0), {1}, generator, torch::kInt64).item<int64_t>();
+      action = torch::zeros_like(action);
+      action[choice] = 1;
+    }
+  } else {
+    if (noise > 0) action = action + noise * torch::randn({action.size(0)}, generator);
+    action = action.clamp(-1, 1);
+  }
+  action = action.contiguous();
+  return {action.data_ptr<float>(), action.data_ptr<float>() + action.numel()};
+}
+
+std::vector<float> Row(const torch::Tensor& rows, int64_t i) {
+  const float* begin = rows.data_ptr<float>() + i * rows.size(1);
+  return {begin, begin + rows.size(1)};
+}
+
+bool AllFinite(const std::vector<float>& values) {
+  return std::all_of(values.begin(), values.end(), [](float v) { return std::isfinite(v); });
+}
+
+absl::StatusOr<SlotOutput> MakeOutput(const ServedModel& served, const LatentState& state, const PlanResult& plan, int64_t i,
+                                      const SlotInput& slot, torch::Generator& generator) {
+  Belief belief{served.name, served.structure_hash, served.version, Row(state.deter, i), Row(state.stoch, i)};
+  SlotOutput out;
+  ASSIGN_OR_RETURN(out.belief, SerializeBelief(belief));
+  out.action = Explore(served.model->config(), plan.action[i], slot.exploration_noise, generator);
+  if (!AllFinite(out.action)) {
+    return absl::InvalidArgumentError("the planned action is not finite for this observation");
+  }
+  out.predicted_return = plan.predicted_return[i].item<float>();
+  return out;
+}
+
+torch::Tensor ToHost(const torch::Tensor& tensor) { return tensor.to(torch::kCPU, torch::kFloat32).contiguous(); }
+
+}  // namespace
+
+absl::Status CheckSlot(const ServedModel& served, const SlotInput& slot, absl::string_view what) {
+  const config::v1::Model& model = served.model->config();
+  RETURN_IF_ERROR(CheckObservations(model, slot.observations, what));
+  RETURN_IF_ERROR(CheckAction(model, slot.previous_action, what));
+  const float most = IsDiscrete(model) ? 1 : kMaxNoise;
+  if (!(slot.exploration_noise >= 0 && slot.exploration_noise <= most)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(what, ".exploration_noise is ", slot.exploration_noise, ", expected 0 to ", most));
+  }
+  if (slot.belief.empty()) return absl::OkStatus();
+  if (slot.previous_action.empty()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(what, ".previous_action is empty beside a belief, expected the action taken since"));
+  }
+  return Annotate(ParseBelief(slot.belief, served.belief_shape()).status(), what);
+}
+
+InferenceEngine::InferenceEngine(torch::Device device, std::shared_ptr<prometheus::Registry> registry)
+    : device_(device),
+      registry_(std::move(registry)),
+      compute_seconds_(AddHistogram(*registry_, "planner_compute_seconds", "Time to compute a batch.", SecondsBuckets())),
+      belief_lag_(AddHistogram(*registry_, "planner_belief_lag",
+                               "Updates between the snapshot that made a belief and the one that goes on from it.",
+                               {0, 1, 10, 100, 1000, 10000})),
+      non_finite_plans_(AddCounter(*registry_, "planner_non_finite_plans_total",
+                                   "Plans whose predicted return was not finite.")) {}
+
+absl::StatusOr<Outputs> InferenceEngine::Run(const ServedModel& served, absl::Span<const SlotInput* const> slots) const {
+  return CatchExceptions("inference", [&]() -> absl::StatusOr<Outputs> {
+    const auto begin = std::chrono::steady_clock::now();
+    c10::InferenceMode inference;
+    const WorldModel& model = *served.model;
+    ASSIGN_OR_RETURN(BatchTensors batch, MakeTensors(served, slots, device_, belief_lag_));
+    LatentState state;
+    state.deter = model.Transition(batch.belief, batch.action);
+    const Gaussian posterior = model.Posterior(state.deter, model.Encode(batch.observations));
+    state.stoch = posterior.mean + posterior.std * batch.noise;
+    ASSIGN_OR_RETURN(PlanResult plan, served.planner->Plan(model, state, batch.plan_seeds));
+    non_finite_plans_.Increment(static_cast<double>(plan.non_finite_plans));
+    plan.action = ToHost(plan.action);
+    plan.predicted_return = ToHost(plan.predicted_return);
+    const LatentState host{ToHost(state.deter), ToHost(state.stoch)};
+    Outputs outputs;
+    outputs.reserve(slots.size());
+    for (size_t i = 0; i < slots.size(); ++i) {
+      outputs.push_back(
+          MakeOutput(served, host, plan, static_cast<int64_t>(i), *slots[i], batch.generators[i]));
+    }
+    compute_seconds_.Observe(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
+    return outputs;
+  });
+}
+
+absl::Status InferenceEngine::WarmUp(const ServedModel& served) const {
+  SlotInput slot;
+  for (const config::v1::Modality& modality : served.model->config().modalities()) {
+    const Array shape = ExpectedShape(modality);
+    slot.observations[modality.name()] = Array::Zeros(shape.dtype, shape.shape);
+  }
+  const SlotInput* const slots[] = {&slot};
+  ASSIGN_OR_RETURN(const Outputs outputs, Run(served, slots));
+  return outputs.front().status();
+}
+
+absl::StatusOr<torch::Device> ParseDevice(const std::string& name) {
+  absl::StatusOr<torch::Device> device =
+      CatchExceptions("device", [&]() -> absl::StatusOr<torch::Device> { return torch::Device(name); });
+  if (!device.ok() || (!device->is_cpu() && !device->is_cuda())) {
+    return absl::InvalidArgumentError(absl::StrCat("device \"", name, "\": expected cpu, cuda or cuda:N"));
+  }
+  if (device->is_cuda()) {
+    const int64_t count = torch::cuda::is_available() ? static_cast<int64_t>(torch::cuda::device_count()) : 0;
+    if (device->has_index() ? device->index() >= count : count == 0) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("device \"", name, "\": not there, ", count, " CUDA devices were found"));
+    }
+  }
+  return device;
+}
+
+}  // namespace orrery

@@ -1,0 +1,66 @@
+// Computes a batch of slots: observation and belief in, action and next belief out.
+#pragma once
+
+#include <prometheus/registry.h>
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/types/span.h"
+#include "libs/base/array.h"
+#include "libs/serving/served_model.h"
+#include "libs/telemetry/metrics.h"
+
+namespace orrery {
+
+// One agent's step.
+struct SlotInput {
+  ArrayMap observations;               // as the environment delivers them: images [H, W, C] uint8, vectors [size] float32
+  std::vector<float> previous_action;  // [A], or empty: zeros
+  std::string belief;                  // a token, or empty: a new belief
+  float exploration_noise = 0;
+  uint64_t seed = 0;  // of everything random in this slot
+};
+
+struct SlotOutput {
+  std::vector<float> action;  // [A]
+  std::string belief;
+  float predicted_return = 0;
+};
+
+// INVALID_ARGUMENT or FAILED_PRECONDITION naming `what`, the field, what it is and what was expected, unless the model can
+// take the slot. Pure and thread-safe.
+absl::Status CheckSlot(const ServedModel& served, const SlotInput& slot, absl::string_view what);
+
+// float32 on one device. Thread-safe: holds only options and metrics.
+class InferenceEngine {
+ public:
+  // `registry` is required.
+  InferenceEngine(torch::Device device, std::shared_ptr<prometheus::Registry> registry);
+
+  // The slots must have passed CheckSlot. All are computed together; everything random in slot i comes from its own seed,
+  // so its answer does not depend on its company. A slot whose numbers overflow gets an INVALID_ARGUMENT of its own.
+  // INTERNAL: nothing could be computed.
+  absl::StatusOr<std::vector<absl::StatusOr<SlotOutput>>> Run(const ServedModel& served,
+                                                              absl::Span<const SlotInput* const> slots) const;
+  // Computes one slot of zeros.
+  absl::Status WarmUp(const ServedModel& served) const;
+
+ private:
+  const torch::Device device_;
+  const std::shared_ptr<prometheus::Registry> registry_;
+  prometheus::Histogram& compute_seconds_;
+  prometheus::Histogram& belief_lag_;
+  prometheus::Counter& non_finite_plans_;
+};
+
+// "cpu", "cuda" or "cuda:1". INVALID_ARGUMENT for anything else or a device that is not there.
+absl::StatusOr<torch::Device> ParseDevice(const std::string& name);
+
+}  // namespace orrery

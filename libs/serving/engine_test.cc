@@ -1,0 +1,256 @@
+#include "libs/serving/engine.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <limits>
+#include <set>
+
+#include "libs/base/status_matchers.h"
+#include "libs/serving/snapshot_holder.h"
+#include "libs/serving/testing.h"
+
+namespace orrery {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::Each;
+using ::testing::Ge;
+using ::testing::HasSubstr;
+using ::testing::Le;
+using ::testing::SizeIs;
+
+using Outputs = std::vector<absl::StatusOr<SlotOutput>>;
+
+class EngineTest : public ::testing::Test {
+ protected:
+  void Serve(const std::string& file) {
+    ASSERT_OK(holder_.Load(file));
+    served_ = holder_.Get();
+  }
+  static SnapshotHolder::Options HolderOptions(std::shared_ptr<prometheus::Registry> registry) {
+    SnapshotHolder::Options options;
+    options.registry = std::move(registry);
+    return options;
+  }
+  Outputs Run(const std::vector<SlotInput>& slots) {
+    std::vector<const SlotInput*> pointers;
+    for (const SlotInput& slot : slots) pointers.push_back(&slot);
+    absl::StatusOr<Outputs> outputs = engine_.Run(*served_, pointers);
+    EXPECT_OK(outputs);
+    return outputs.ok() ? *std::move(outputs) : Outputs();
+  }
+  static SlotInput NewSlot(uint64_t seed) {
+    SlotInput slot;
+    slot.observations = TinyObservation(seed);
+    slot.seed = seed;
+    return slot;
+  }
+  SlotInput NextSlot(const SlotOutput& last, uint64_t seed) {
+    SlotInput slot = NewSlot(seed);
+    slot.previous_action = last.action;
+    slot.belief = last.belief;
+    return slot;
+  }
+  absl::Status Check(const SlotInput& slot) { return CheckSlot(*served_, slot, "slots[3]"); }
+
+  std::shared_ptr<prometheus::Registry> registry_ = std::make_shared<prometheus::Registry>();
+  SnapshotHolder holder_{HolderOptions(registry_)};
+  InferenceEngine engine_{torch::kCPU, registry_};
+  std::shared_ptr<const ServedModel> served_;
+};
+
+TEST_F(EngineTest, AnswersASlotInABatchAsAlone) {
+  Serve(TinySnapshot(1));
+  std::vector<SlotInput> slots;
+  for (uint64_t i = 0; i < 8; ++i) slots.push_back(NewSlot(i));
+  slots[3].exploration_noise = 0.5f;
+  for (int round = 0; round < 4; ++round) {
+    const Outputs together = Run(slots);
+    ASSERT_THAT(together, SizeIs(8));
+    for (size_t i = 0; i < slots.size(); ++i) {
+      const Outputs alone = Run({slots[i]});
+      ASSERT_OK(together[i]);
+      ASSERT_OK(alone[0]);
+      ASSERT_THAT(together[i]->action, SizeIs(2));
+      for (size_t a = 0; a < 2; ++a) EXPECT_NEAR(together[i]->action[a], alone[0]->action[a], 1e-5) << i;
+      EXPECT_NEAR(together[i]->predicted_return, alone[0]->predicted_return, 1e-5);
+      ASSERT_OK_AND_ASSIGN(const Belief a, ParseBelief(together[i]->belief, served_->belief_shape()));
+      ASSERT_OK_AND_ASSIGN(const Belief b, ParseBelief(alone[0]->belief, served_->belief_shape()));
+      for (size_t k = 0; k < a.deter.size(); ++k) EXPECT_NEAR(a.deter[k], b.deter[k], 1e-5);
+      for (size_t k = 0; k < a.stoch.size(); ++k) EXPECT_NEAR(a.stoch[k], b.stoch[k], 1e-5);
+    }
+    for (size_t i = 0; i < slots.size(); ++i) slots[i] = NextSlot(*together[i], 100 * (i + 1) + static_cast<uint64_t>(round));
+  }
+}
+
+TEST_F(EngineTest, DoesWhatTheModelSays) {
+  Serve(TinySnapshot(1));
+  const SlotInput first = NewSlot(5);
+  const Outputs one = Run({first});
+  ASSERT_OK(one[0]);
+  const SlotInput second = NextSlot(*one[0], 6);
+  const Outputs two = Run({second});
+  ASSERT_OK(two[0]);
+  ASSERT_OK_AND_ASSIGN(const Belief before, ParseBelief(one[0]->belief, served_->belief_shape()));
+  ASSERT_OK_AND_ASSIGN(const Belief after, ParseBelief(two[0]->belief, served_->belief_shape()));
+
+  torch::NoGradGuard no_grad;
+  const LatentState state{torch::tensor(before.deter).unsqueeze(0), torch::tensor(before.stoch).unsqueeze(0)};
+  const torch::Tensor deter =
+      served_->model->Transition(state, torch::tensor(second.previous_action).unsqueeze(0)).squeeze(0);
+  for (size_t k = 0; k < after.deter.size(); ++k) {
+    EXPECT_NEAR(after.deter[k], deter[static_cast<int64_t>(k)].item<float>(), 1e-6);
+  }
+  EXPECT_EQ(after.version, (SnapshotVersion{1, 1}));
+  EXPECT_EQ(after.model, "tiny");
+}
+
+TEST_F(EngineTest, TheSeedDecidesEverythingRandom) {
+  Serve(TinySnapshot(1));
+  SlotInput slot = NewSlot(1);
+  const Outputs first = Run({slot});
+  const Outputs again = Run({slot});
+  EXPECT_EQ(first[0]->action, again[0]->action);
+  EXPECT_EQ(first[0]->belief, again[0]->belief);
+  slot.seed = 2;
+  const Outputs other = Run({slot});
+  EXPECT_NE(first[0]->action, other[0]->action);
+  EXPECT_NE(first[0]->belief, other[0]->belief);
+}
+
+TEST_F(EngineTest, ExplorationMovesTheActionInsideItsRange) {
+  Serve(TinySnapshot(1));
+  SlotInput slot = NewSlot(1);
+  const std::vector<float> quiet = Run({slot})[0]->action;
+  slot.exploration_noise = 10;
+  const Outputs loud = Run({slot});
+  EXPECT_NE(loud[0]->action, quiet);
+  EXPECT_THAT(loud[0]->action, Each(AllOf(Ge(-1.0f), Le(1.0f))));
+  EXPECT_THAT(quiet, Each(AllOf(Ge(-1.0f), Le(1.0f))));
+}
+
+TEST_F(EngineTest, ChecksEveryInputOfASlot) {
+  Serve(TinySnapshot(1));
+  EXPECT_OK(Check(NewSlot(1)));
+  const auto refuse = [this](const SlotInput& slot, const char* message) {
+    EXPECT_THAT(Check(slot), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(message)));
+  };
+  SlotInput slot = NewSlot(1);
+  slot.observations["image"] = Array::Zeros(DType::kUInt8, {32, 32, 1});
+  refuse(slot, "slots[3].observations \"image\" is uint8 [32, 32, 1], expected uint8 [32, 32, 3]");
+  slot.observations["image"] = Array::Zeros(DType::kFloat32, {32, 32, 3});
+  refuse(slot, "slots[3].observations \"image\" is float32 [32, 32, 3], expected uint8 [32, 32, 3]");
+  slot.observations.erase("image");
+  refuse(slot, "slots[3].observations: modality \"image\" is missing, expected uint8 [32, 32, 3]");
+  slot = NewSlot(1);
+  slot.observations["image"].bytes.pop_back();
+  refuse(slot, "slots[3].observations \"image\"");
+  slot = NewSlot(1);
+  slot.observations["sound"] = Array::Zeros(DType::kUInt8, {1});
+  refuse(slot, "unknown modality \"sound\", expected \"image\", \"joints\"");
+  slot = NewSlot(1);
+  slot.observations["joints"].mutable_as<float>()[1] = std::numeric_limits<float>::quiet_NaN();
+  refuse(slot, "slots[3].observations \"joints\" holds nan, expected finite numbers");
+  slot = NewSlot(1);
+  slot.previous_action = {0.5f};
+  refuse(slot, "slots[3].previous_action has 1 values, expected 2");
+  slot.previous_action = {0.5f, 1.5f};
+  refuse(slot, "slots[3].previous_action holds 1.5, expected -1 to 1");
+  slot = NewSlot(1);
+  slot.exploration_noise = -1;
+  refuse(slot, "slots[3].exploration_noise is -1, expected 0 to 10");
+  slot.exploration_noise = std::numeric_limits<float>::quiet_NaN();
+  refuse(slot, "slots[3].exploration_noise is nan");
+  slot = NextSlot(*Run({NewSlot(1)})[0], 2);
+  EXPECT_OK(Check(slot));
+  slot.belief.pop_back();
+  refuse(slot, "slots[3]: belief");
+  slot = NextSlot(*Run({NewSlot(1)})[0], 2);
+  slot.previous_action.clear();
+  refuse(slot, "slots[3].previous_action is empty beside a belief");
+}
+
+TEST_F(EngineTest, AnOverflowingSlotFailsAlone) {
+  Serve(TinySnapshot(1));
+  SlotInput huge = NewSlot(1);
+  for (float& value : huge.observations["joints"].mutable_as<float>()) value = std::numeric_limits<float>::max();
+  ASSERT_OK(Check(huge));
+  const Outputs outputs = Run({NewSlot(2), huge});
+  ASSERT_THAT(outputs, SizeIs(2));
+  EXPECT_OK(outputs[0]);
+  EXPECT_THAT(outputs[1], StatusIs(absl::StatusCode::kInvalidArgument));
+}
+
+TEST_F(EngineTest, NewerWeightsOfTheSameStructureTakeAnOldBelief) {
+  Serve(TinySnapshot(1, 1));
+  const SlotInput next = NextSlot(*Run({NewSlot(1)})[0], 2);
+  const Outputs before = Run({next});
+  Serve(TinySnapshot(50, 2));
+  ASSERT_OK(Check(next));
+  const Outputs after = Run({next});
+  ASSERT_OK(after[0]);
+  EXPECT_NE(before[0]->action, after[0]->action);
+  Serve(TinySnapshot(51, 3, TinyModel(24)));
+  EXPECT_THAT(Check(next), StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("begin a new belief")));
+}
+
+TEST_F(EngineTest, WarmsUp) {
+  Serve(TinySnapshot(1));
+  EXPECT_OK(engine_.WarmUp(*served_));
+}
+
+class DiscreteEngineTest : public EngineTest {
+ protected:
+  void SetUp() override {
+    config::v1::Model model = TinyModel();
+    model.mutable_action()->mutable_discrete()->set_size(3);
+    SnapshotInfo info;
+    info.model = model;
+    info.planner.mutable_random();
+    info.counter = 1;
+    ASSERT_OK_AND_ASSIGN(const std::shared_ptr<WorldModel> made, WorldModel::Create(model, 1));
+    ASSERT_OK_AND_ASSIGN(const std::string file, SerializeSnapshot(*made, info));
+    Serve(file);
+  }
+};
+
+TEST_F(DiscreteEngineTest, AnswersOneHotWithAndWithoutExploration) {
+  std::set<size_t> chosen;
+  for (uint64_t seed = 0; seed < 30; ++seed) {
+    SlotInput slot = NewSlot(seed);
+    slot.exploration_noise = seed % 2 == 0 ? 1.0f : 0.0f;
+    const Outputs outputs = Run({slot});
+    ASSERT_OK(outputs[0]);
+    const std::vector<float>& action = outputs[0]->action;
+    ASSERT_THAT(action, SizeIs(3));
+    EXPECT_EQ(std::count(action.begin(), action.end(), 1.0f), 1);
+    EXPECT_EQ(std::count(action.begin(), action.end(), 0.0f), 2);
+    chosen.insert(static_cast<size_t>(std::find(action.begin(), action.end(), 1.0f) - action.begin()));
+  }
+  EXPECT_THAT(chosen, SizeIs(3));
+}
+
+TEST_F(DiscreteEngineTest, ChecksOneHotActions) {
+  SlotInput slot = NewSlot(1);
+  slot.exploration_noise = 1.5f;
+  EXPECT_THAT(Check(slot), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("expected 0 to 1")));
+  slot.exploration_noise = 0;
+  slot.previous_action = {0, 1, 0};
+  EXPECT_OK(Check(slot));
+  slot.previous_action = {0, 1, 1};
+  EXPECT_THAT(Check(slot), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("one-hot")));
+  slot.previous_action = {0, 0.5f, 0};
+  EXPECT_THAT(Check(slot), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("one-hot")));
+}
+
+TEST(ParseDeviceTest, TakesCpuAndRefusesTheRest) {
+  EXPECT_OK(ParseDevice("cpu"));
+  EXPECT_THAT(ParseDevice("tpu9"), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("\"tpu9\": expected cpu")));
+  EXPECT_THAT(ParseDevice(""), StatusIs(absl::StatusCode::kInvalidArgument));
+  EXPECT_THAT(ParseDevice("cuda:99"), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("not there")));
+}
+
+}  // namespace
+}  // namespace orrery

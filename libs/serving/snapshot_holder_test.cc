@@ -1,0 +1,123 @@
+#include "libs/serving/snapshot_holder.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "libs/base/status_matchers.h"
+#include "libs/serving/testing.h"
+#include "libs/tensors/safetensors.h"
+
+namespace orrery {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+
+class SnapshotHolderTest : public ::testing::Test {
+ protected:
+  SnapshotHolderTest() {
+    options_.registry = registry_;
+    options_.clock = &clock_;
+    options_.default_name = "fallback";
+    options_.warm_up = [this](const ServedModel&) {
+      ++warm_ups_;
+      return warm_up_status_;
+    };
+    options_.on_swap = [this](const ServedModel& served) { swapped_.push_back(served.version.counter); };
+  }
+  double Value(const std::string& name) {
+    for (const auto& family : registry_->Collect()) {
+      if (family.name != name) continue;
+      return family.type == prometheus::MetricType::Counter ? family.metric.at(0).counter.value
+                                                            : family.metric.at(0).gauge.value;
+    }
+    return -1;
+  }
+
+  FakeClock clock_{absl::FromUnixSeconds(1234)};
+  std::shared_ptr<prometheus::Registry> registry_ = std::make_shared<prometheus::Registry>();
+  SnapshotHolder::Options options_;
+  int warm_ups_ = 0;
+  absl::Status warm_up_status_;
+  std::vector<int64_t> swapped_;
+};
+
+TEST_F(SnapshotHolderTest, ServesNothingUntilLoaded) {
+  SnapshotHolder holder(options_);
+  EXPECT_EQ(holder.Get(), nullptr);
+  EXPECT_EQ(holder.version(), SnapshotVersion{});
+}
+
+TEST_F(SnapshotHolderTest, SwapsNewerSnapshotsInAndKeepsTheOldOneForItsUsers) {
+  SnapshotHolder holder(options_);
+  ASSERT_OK(holder.Load(TinySnapshot(5)));
+  const std::shared_ptr<const ServedModel> old = holder.Get();
+  EXPECT_EQ(old->name, "tiny");
+  EXPECT_EQ(old->info.planner.cem().candidates(), 64);
+  EXPECT_EQ(Value("orrery_planner_snapshot_version"), 5);
+  EXPECT_EQ(Value("orrery_planner_snapshot_timestamp_seconds"), 1234);
+  clock_.Advance(absl::Seconds(6));
+  ASSERT_OK(holder.Load(TinySnapshot(6, 2)));
+  EXPECT_EQ(holder.version(), (SnapshotVersion{1, 6}));
+  EXPECT_EQ(Value("orrery_planner_snapshot_timestamp_seconds"), 1240);
+  EXPECT_EQ(old->version, (SnapshotVersion{1, 5}));
+  EXPECT_EQ(old->structure_hash, holder.Get()->structure_hash);
+  EXPECT_THAT(swapped_, ElementsAre(5, 6));
+  EXPECT_EQ(warm_ups_, 1) << "the same structure needs no second trial";
+}
+
+TEST_F(SnapshotHolderTest, SkipsWhatIsNotNewer) {
+  SnapshotHolder holder(options_);
+  ASSERT_OK(holder.Load(TinySnapshot(5)));
+  EXPECT_THAT(holder.Load(TinySnapshot(5, 2)), StatusIs(absl::StatusCode::kAlreadyExists, HasSubstr("1.5 is not newer than 1.5")));
+  EXPECT_THAT(holder.Load(TinySnapshot(4, 2)), StatusIs(absl::StatusCode::kAlreadyExists));
+  EXPECT_OK(holder.Load(TinySnapshot(4, 2), SnapshotVersion{2, 0})) << "the sender's version counts";
+  EXPECT_EQ(holder.version(), (SnapshotVersion{2, 0}));
+  EXPECT_EQ(Value("orrery_planner_snapshots_refused_total"), 0);
+}
+
+TEST_F(SnapshotHolderTest, RefusesADamagedSnapshotAndKeepsServing) {
+  SnapshotHolder holder(options_);
+  ASSERT_OK(holder.Load(TinySnapshot(5)));
+  const std::shared_ptr<const ServedModel> old = holder.Get();
+  const std::string good = TinySnapshot(6);
+  EXPECT_FALSE(holder.Load(good.substr(0, good.size() / 2)).ok());
+  EXPECT_FALSE(holder.Load("").ok());
+  ASSERT_OK_AND_ASSIGN(SafeTensors tensors, ParseSafeTensors(good));
+  tensors.tensors.begin()->second = torch::zeros({3, 3});
+  ASSERT_OK_AND_ASSIGN(const std::string reshaped, SerializeSafeTensors(tensors));
+  EXPECT_THAT(holder.Load(reshaped), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(tensors.tensors.begin()->first)));
+  ASSERT_OK_AND_ASSIGN(tensors, ParseSafeTensors(good));
+  tensors.tensors.begin()->second.fill_(std::numeric_limits<float>::quiet_NaN());
+  ASSERT_OK_AND_ASSIGN(const std::string poisoned, SerializeSafeTensors(tensors));
+  EXPECT_THAT(holder.Load(poisoned), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("finite")));
+  EXPECT_EQ(holder.Get(), old);
+  EXPECT_EQ(Value("orrery_planner_snapshots_refused_total"), 4);
+  EXPECT_OK(holder.Load(good));
+}
+
+TEST_F(SnapshotHolderTest, RefusesWhatCannotBeWarmedUp) {
+  SnapshotHolder holder(options_);
+  warm_up_status_ = absl::InternalError("no memory");
+  EXPECT_THAT(holder.Load(TinySnapshot(5)), StatusIs(absl::StatusCode::kInternal, HasSubstr("warming up: no memory")));
+  EXPECT_EQ(holder.Get(), nullptr);
+}
+
+TEST_F(SnapshotHolderTest, AConfiguredPlannerReplacesTheSnapshotsOwn) {
+  options_.planner.emplace().mutable_random();
+  SnapshotHolder holder(options_);
+  ASSERT_OK(holder.Load(TinySnapshot(5)));
+  EXPECT_TRUE(holder.Get()->info.planner.has_random());
+}
+
+TEST_F(SnapshotHolderTest, NamesAModelThatDoesNotSayItsRun) {
+  SnapshotHolder holder(options_);
+  SnapshotInfo info;
+  info.model = TinyModel();
+  ASSERT_OK_AND_ASSIGN(const std::string file, SerializeSnapshot(**WorldModel::Create(info.model, 1), info));
+  ASSERT_OK(holder.Load(file));
+  EXPECT_EQ(holder.Get()->name, "fallback");
+}
+
+}  // namespace
+}  // namespace orrery
