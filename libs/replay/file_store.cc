@@ -194,16 +194,15 @@ absl::Status FileStore::LoadRecord(int64_t number, RecordType type, absl::string
 }
 
 absl::Status FileStore::MakeRoom() {
-  while (segments_.rbegin()->second.file->size() >= options_.segment_bytes) {
+  while (segments_.rbegin()->second.file->Full(options_.segment_bytes)) {
+    RETURN_IF_ERROR(AwaitSync(written_));
     if (syncing_) {
       synced_changed_.Wait(&mu_);
-      continue;
+    } else if (segments_.rbegin()->second.file->Full(options_.segment_bytes)) {  // mu_ was given up meanwhile
+      const int64_t number = segments_.rbegin()->first + 1;
+      ASSIGN_OR_RETURN(auto file, SegmentFile::Create(SegmentPath(number)));
+      segments_[number].file = std::move(file);
     }
-    RETURN_IF_ERROR(AwaitSync(written_));
-    if (syncing_ || segments_.rbegin()->second.file->size() < options_.segment_bytes) continue;
-    const int64_t number = segments_.rbegin()->first + 1;
-    ASSIGN_OR_RETURN(auto file, SegmentFile::Create(SegmentPath(number)));
-    segments_[number].file = std::move(file);
   }
   return absl::OkStatus();
 }

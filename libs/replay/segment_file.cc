@@ -195,6 +195,8 @@ absl::StatusOr<std::string> SegmentFile::ReadPayload(const Place& place) const {
   return payload;
 }
 
+bool SegmentFile::Full(int64_t bytes) const { return size_ > kFileHeaderBytes && size_ >= bytes; }
+
 absl::Status SegmentFile::Sync() const {
   return fdatasync(fd_) == 0 ? absl::OkStatus() : Errno("cannot sync", path_);
 }

@@ -41,7 +41,8 @@ class SegmentFile {
   absl::StatusOr<Place> Append(RecordType type, absl::string_view head, absl::string_view payload);
   absl::StatusOr<std::string> ReadPayload(const Place& place) const;
   absl::Status Sync() const;
-  int64_t size() const { return size_; }
+  // Whether it has records and at least `bytes` bytes.
+  bool Full(int64_t bytes) const;
   const std::string& path() const { return path_; }
 
  private:

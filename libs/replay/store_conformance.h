@@ -18,8 +18,8 @@
 #include <vector>
 
 #include "libs/base/status_matchers.h"
-#include "libs/replay/chunk_text.h"
 #include "libs/replay/store.h"
+#include "libs/replay/testing/chunks.h"
 #include "libs/replay/testing/fault_store.h"
 
 namespace orrery {
@@ -39,21 +39,6 @@ struct StoreKind {
   bool shared = false;  // several may be open at once
 };
 inline void PrintTo(const StoreKind& kind, std::ostream* out) { *out << kind.name; }
-
-inline Chunk MakeChunk(int64_t episode, int64_t first_row, int rows = 10, const std::string& payload = "payload") {
-  Chunk chunk;
-  chunk.run_id = "0123456789abcdef";
-  chunk.info.key = {episode, first_row};
-  chunk.info.rows = rows;
-  chunk.info.mode = EpisodeMode::kTrain;
-  chunk.info.end = EpisodeEnd::kContinues;
-  chunk.info.specification_hash = 0xfedcba9876543210;
-  chunk.info.snapshot_version = {3, 400};
-  chunk.info.reward_sum = 0.1 + static_cast<double>(first_row);
-  chunk.payload = payload;
-  chunk.info.payload_bytes = static_cast<int64_t>(payload.size());
-  return chunk;
-}
 
 class StoreConformance : public ::testing::TestWithParam<StoreKind> {
  protected:
