@@ -1,0 +1,47 @@
+// The planner service: requests in, batches through the engine, answers out.
+#pragma once
+
+#include <grpcpp/grpcpp.h>
+#include <prometheus/registry.h>
+
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "libs/base/clock.h"
+#include "libs/config/config.h"
+#include "libs/serving/snapshot_holder.h"
+
+namespace orrery {
+
+// Owns the snapshot, the queue and the thread that computes. Thread-safe.
+//
+//   ASSIGN_OR_RETURN(auto planner, PlannerServer::Create(options));
+//   … ServiceHost::Start({… .services = {planner->service()}});
+//   planner->snapshots().Load(file);
+//   … host->Shutdown(grace); planner->Close();
+class PlannerServer {
+ public:
+  struct Options {
+    config::v1::PlannerService service;          // how requests are batched
+    std::optional<config::v1::Planner> planner;  // instead of the snapshot's own
+    std::string run;                             // name of a model whose snapshot does not say it
+    std::string device = "cpu";                  // "cpu", "cuda", "cuda:N"
+    std::shared_ptr<prometheus::Registry> registry;  // required
+    Clock* clock = &Clock::Real();                   // must outlive the server
+    // Called after every swap: from the first one on, requests are answered. Empty: nobody cares.
+    std::function<void(const ServedModel&)> on_swap;
+  };
+  // INVALID_ARGUMENT names the option.
+  static absl::StatusOr<std::unique_ptr<PlannerServer>> Create(Options options);
+  virtual ~PlannerServer() = default;
+
+  virtual grpc::Service* service() = 0;
+  virtual SnapshotHolder& snapshots() = 0;
+  // Fails what waits and what comes later with UNAVAILABLE; returns when the running batch is done. May be called again.
+  virtual void Close() = 0;
+};
+
+}  // namespace orrery

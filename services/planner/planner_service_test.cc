@@ -1,0 +1,322 @@
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <functional>
+#include <thread>
+
+#include "absl/synchronization/notification.h"
+#include "absl/time/clock.h"
+#include "libs/base/status_matchers.h"
+#include "libs/client/planner_client.h"
+#include "libs/client/status.h"
+#include "libs/serving/testing.h"
+#include "libs/tensors/tensors.h"
+#include "services/planner/planner_service_impl.h"
+
+namespace orrery {
+namespace {
+
+using planner::v1::ActRequest;
+using planner::v1::ActResponse;
+using ::testing::Gt;
+using ::testing::HasSubstr;
+using ::testing::SizeIs;
+
+// A planner behind a real gRPC server, reached in-process.
+class PlannerServiceTest : public ::testing::Test {
+ protected:
+  PlannerServiceTest() {
+    options_.registry = registry_;
+    options_.run = "tiny";
+    options_.service.set_max_delay_micros(1000);
+  }
+  ~PlannerServiceTest() override {
+    if (server_ == nullptr) return;
+    server_->Shutdown();
+    planner_->Close();
+  }
+  void Start(int64_t snapshot = 1) {
+    ASSERT_OK_AND_ASSIGN(planner_, PlannerServer::Create(options_));
+    server_ = grpc::ServerBuilder().RegisterService(planner_->service()).BuildAndStart();
+    stub_ = planner::v1::PlannerService::NewStub(server_->InProcessChannel({}));
+    if (snapshot > 0) {
+      ASSERT_OK(planner_->snapshots().Load(TinySnapshot(snapshot)));
+    }
+  }
+
+  static void AddSlot(ActRequest& request, uint64_t seed, const planner::v1::SlotResult* last = nullptr) {
+    planner::v1::Slot& slot = *request.add_slots();
+    for (const auto& [name, array] : TinyObservation(seed)) {
+      common::v1::NamedTensor& observation = *slot.add_observations();
+      observation.set_name(name);
+      *observation.mutable_tensor() = ToProto(array);
+    }
+    slot.set_seed(seed);
+    slot.set_exploration_noise(0.1f);
+    if (last == nullptr) return;
+    *slot.mutable_previous_action() = last->action();
+    slot.set_belief(last->belief());
+  }
+  static ActRequest Request(const std::string& client, uint64_t seed, const planner::v1::SlotResult* last = nullptr) {
+    ActRequest request;
+    request.set_client_id(client);
+    AddSlot(request, seed, last);
+    return request;
+  }
+  absl::StatusOr<ActResponse> Act(const ActRequest& request, absl::Duration timeout = absl::Seconds(60)) {
+    grpc::ClientContext context;
+    context.set_deadline(absl::ToChronoTime(absl::Now() + timeout));
+    ActResponse response;
+    const grpc::Status status = stub_->Act(&context, request, &response);
+    if (!status.ok()) return FromGrpc(status);
+    return response;
+  }
+  void ExpectRefused(const ActRequest& request, absl::StatusCode code, const std::string& message) {
+    EXPECT_THAT(Act(request), StatusIs(code, HasSubstr(message)));
+  }
+  static void ExpectSame(const planner::v1::SlotResult& a, const planner::v1::SlotResult& b) {
+    ASSERT_EQ(a.action_size(), b.action_size());
+    for (int i = 0; i < a.action_size(); ++i) EXPECT_NEAR(a.action(i), b.action(i), 1e-5);
+    EXPECT_NEAR(a.predicted_return(), b.predicted_return(), 1e-5);
+    EXPECT_EQ(a.belief().size(), b.belief().size());
+  }
+  // The metric with this label value, or the only one.
+  prometheus::ClientMetric Metric(const std::string& name, const std::string& label = "") {
+    for (const auto& family : registry_->Collect()) {
+      if (family.name != name) continue;
+      for (const auto& metric : family.metric) {
+        if (label.empty() || metric.label.at(0).value == label) return metric;
+      }
+    }
+    ADD_FAILURE() << "no metric " << name << " " << label;
+    return {};
+  }
+
+  std::shared_ptr<prometheus::Registry> registry_ = std::make_shared<prometheus::Registry>();
+  PlannerServer::Options options_;
+  std::unique_ptr<PlannerServer> planner_;
+  std::unique_ptr<grpc::Server> server_;
+  std::unique_ptr<planner::v1::PlannerService::Stub> stub_;
+};
+
+TEST_F(PlannerServiceTest, AnswersEverySlotInOrder) {
+  Start(7);
+  ActRequest request = Request("one", 1);
+  AddSlot(request, 2);
+  AddSlot(request, 1);
+  ASSERT_OK_AND_ASSIGN(const ActResponse response, Act(request));
+  ASSERT_EQ(response.results_size(), 3);
+  EXPECT_EQ(response.snapshot_version().generation(), 1);
+  EXPECT_EQ(response.snapshot_version().counter(), 7);
+  for (const auto& result : response.results()) {
+    EXPECT_EQ(result.action_size(), 2);
+    EXPECT_FALSE(result.belief().empty());
+  }
+  EXPECT_NEAR(response.results(0).action(0), response.results(2).action(0), 1e-5);
+  EXPECT_NE(response.results(0).action(0), response.results(1).action(0));
+  EXPECT_EQ(Metric("orrery_planner_requests_total", "OK").counter.value, 1);
+  EXPECT_EQ(Metric("orrery_planner_act_seconds").histogram.sample_count, 1u);
+  EXPECT_EQ(Metric("orrery_planner_queue_seconds").histogram.sample_count, 1u);
+  EXPECT_EQ(Metric("orrery_planner_snapshot_version").gauge.value, 7);
+}
+
+TEST_F(PlannerServiceTest, EightConcurrentClientsShareBatchesAndGetTheAnswersTheyGetAlone) {
+  constexpr int kClients = 8;
+  constexpr int kRounds = 10;
+  // Long enough for slow machines; batches begin as soon as all clients wait.
+  options_.service.set_max_delay_micros(500000);
+  Start();
+  std::vector<std::vector<std::pair<ActRequest, ActResponse>>> played(kClients);
+  std::vector<std::thread> threads;
+  for (size_t c = 0; c < kClients; ++c) {
+    threads.emplace_back([&, c] {
+      PlannerClient client(server_->InProcessChannel({}));
+      const planner::v1::SlotResult* last = nullptr;
+      for (uint64_t round = 0; round < kRounds; ++round) {
+        const ActRequest request = Request(absl::StrCat("client", c), c * 1000 + round, last);
+        absl::StatusOr<ActResponse> response = client.Act(request, absl::Now() + absl::Seconds(60));
+        ASSERT_OK(response);
+        played[c].reserve(kRounds);  // so that `last` stays valid
+        played[c].emplace_back(request, *std::move(response));
+        last = &played[c].back().second.results(0);
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  const prometheus::ClientMetric::Histogram sizes = Metric("orrery_planner_batch_size").histogram;
+  EXPECT_EQ(sizes.sample_sum, kClients * kRounds);
+  EXPECT_THAT(sizes.sample_sum / static_cast<double>(sizes.sample_count), Gt(4));
+
+  // The same requests one by one.
+  for (const auto& client : played) {
+    ASSERT_THAT(client, SizeIs(kRounds));
+    for (const auto& [request, together] : client) {
+      ASSERT_OK_AND_ASSIGN(const ActResponse alone, Act(request));
+      ExpectSame(together.results(0), alone.results(0));
+    }
+  }
+}
+
+TEST_F(PlannerServiceTest, ServesNothingWithoutASnapshot) {
+  Start(/*snapshot=*/0);
+  ExpectRefused(Request("c", 1), absl::StatusCode::kUnavailable, "no snapshot yet");
+  grpc::ClientContext context;
+  planner::v1::GetModelResponse response;
+  EXPECT_THAT(FromGrpc(stub_->GetModel(&context, {}, &response)), StatusIs(absl::StatusCode::kUnavailable));
+  EXPECT_EQ(Metric("orrery_planner_requests_total", "UNAVAILABLE").counter.value, 1);
+}
+
+TEST_F(PlannerServiceTest, DescribesTheModel) {
+  Start(3);
+  grpc::ClientContext context;
+  planner::v1::GetModelResponse response;
+  ASSERT_OK(FromGrpc(stub_->GetModel(&context, {}, &response)));
+  EXPECT_EQ(response.model(), "tiny");
+  EXPECT_EQ(response.snapshot_version().counter(), 3);
+  EXPECT_EQ(response.structure_hash(), planner_->snapshots().Get()->structure_hash);
+  ASSERT_OK_AND_ASSIGN(const config::v1::Model model, ParseModel(response.model_config()));
+  EXPECT_EQ(model.deterministic_size(), 16);
+  grpc::ClientContext other;
+  planner::v1::GetModelRequest request;
+  request.set_model("huge");
+  EXPECT_THAT(FromGrpc(stub_->GetModel(&other, request, &response)),
+              StatusIs(absl::StatusCode::kNotFound, HasSubstr("\"huge\" is not served here, expected \"tiny\"")));
+}
+
+TEST_F(PlannerServiceTest, RefusesBadRequestsByName) {
+  Start();
+  const auto invalid = absl::StatusCode::kInvalidArgument;
+  ActRequest request = Request("", 1);
+  ExpectRefused(request, invalid, "client_id has 0 characters, expected 1 to 128");
+  request = Request(std::string(129, 'x'), 1);
+  ExpectRefused(request, invalid, "client_id has 129 characters");
+  request = Request("c", 1);
+  request.set_model("tiny");
+  EXPECT_OK(Act(request));
+  request.set_model("other");
+  ExpectRefused(request, absl::StatusCode::kNotFound, "model \"other\" is not served here, expected \"tiny\"");
+  request = Request("c", 1);
+  request.set_priority(static_cast<planner::v1::Priority>(9));
+  ExpectRefused(request, invalid, "priority 9 is unknown");
+  request.clear_slots();
+  request.clear_priority();
+  ExpectRefused(request, invalid, "request has 0 slots, expected 1 to 256");
+  for (int i = 0; i < 257; ++i) request.add_slots();
+  ExpectRefused(request, invalid, "request has 257 slots, expected 1 to 256");
+}
+
+TEST_F(PlannerServiceTest, RefusesBadSlotsByNumberAndNothingElseSuffers) {
+  Start();
+  const auto invalid = absl::StatusCode::kInvalidArgument;
+  const auto with = [](const std::function<void(planner::v1::Slot&)>& change) {
+    ActRequest request = Request("c", 1);
+    AddSlot(request, 2);
+    change(*request.mutable_slots(1));
+    return request;
+  };
+  const auto image = [](planner::v1::Slot& slot) { return slot.mutable_observations(0)->mutable_tensor(); };
+  ExpectRefused(with([&](auto& s) { image(s)->set_shape(2, 1), image(s)->mutable_data()->resize(32 * 32); }), invalid,
+                "slots[1].observations \"image\" is uint8 [32, 32, 1], expected uint8 [32, 32, 3]");
+  ExpectRefused(with([&](auto& s) { image(s)->set_data_type(common::v1::FLOAT32), image(s)->mutable_data()->resize(4 * 32 * 32 * 3); }),
+                invalid, "slots[1].observations \"image\" is float32 [32, 32, 3], expected uint8 [32, 32, 3]");
+  ExpectRefused(with([&](auto& s) { image(s)->mutable_data()->pop_back(); }), invalid, "slots[1].observations \"image\"");
+  ExpectRefused(with([&](auto& s) { image(s)->set_data_type(static_cast<common::v1::DataType>(77)); }), invalid, "slots[1]");
+  ExpectRefused(with([&](auto& s) { image(s)->set_shape(0, -1); }), invalid, "slots[1]");
+  ExpectRefused(with([](auto& s) { s.mutable_observations()->RemoveLast(); }), invalid,
+                "slots[1].observations: modality \"joints\" is missing, expected float32 [3]");
+  ExpectRefused(with([](auto& s) { *s.add_observations() = s.observations(0); }), invalid,
+                "slots[1].observations: modality \"image\" comes twice");
+  ExpectRefused(with([](auto& s) { s.add_previous_action(0); }), invalid, "slots[1].previous_action has 1 values, expected 2");
+  ExpectRefused(with([](auto& s) { s.set_exploration_noise(11); }), invalid, "slots[1].exploration_noise is 11");
+  ExpectRefused(with([](auto& s) { s.set_belief("not a belief"); s.add_previous_action(0); s.add_previous_action(0); }),
+                invalid, "slots[1]: belief has the wrong size");
+  EXPECT_EQ(Metric("orrery_planner_requests_total", "INVALID_ARGUMENT").counter.value, 10);
+  EXPECT_OK(Act(Request("c", 1)));
+}
+
+TEST_F(PlannerServiceTest, ABeliefOfAnotherStructureAsksForANewOne) {
+  Start();
+  ASSERT_OK_AND_ASSIGN(const ActResponse first, Act(Request("c", 1)));
+  ASSERT_OK(planner_->snapshots().Load(TinySnapshot(2, 2)));
+  ASSERT_OK_AND_ASSIGN(const ActResponse second, Act(Request("c", 2, &first.results(0))));
+  EXPECT_EQ(second.snapshot_version().counter(), 2);
+  EXPECT_EQ(Metric("orrery_planner_belief_lag").histogram.sample_sum, 1);
+  ASSERT_OK(planner_->snapshots().Load(TinySnapshot(3, 3, TinyModel(20))));
+  ExpectRefused(Request("c", 3, &second.results(0)), absl::StatusCode::kFailedPrecondition,
+                "slots[0]: belief of another model structure");
+  EXPECT_OK(Act(Request("c", 3)));
+}
+
+TEST_F(PlannerServiceTest, SwapsUnderLoadFailNothing) {
+  Start();
+  std::atomic<bool> stop = false;
+  std::atomic<int> answered = 0;
+  std::vector<std::thread> threads;
+  for (size_t c = 0; c < 4; ++c) {
+    threads.emplace_back([&, c] {
+      ActResponse last;
+      int64_t version = 0;
+      for (uint64_t round = 0; !stop; ++round) {
+        const absl::StatusOr<ActResponse> response =
+            Act(Request(absl::StrCat("client", c), round, last.results_size() > 0 ? &last.results(0) : nullptr));
+        ASSERT_OK(response);
+        EXPECT_GE(response->snapshot_version().counter(), version);
+        version = response->snapshot_version().counter();
+        last = *response;
+        ++answered;
+      }
+    });
+  }
+  const std::string bad = TinySnapshot(1000).substr(0, 2000);
+  for (int64_t version = 2; version <= 20; ++version) {
+    ASSERT_OK(planner_->snapshots().Load(TinySnapshot(version, static_cast<uint64_t>(version))));
+    EXPECT_FALSE(planner_->snapshots().Load(bad).ok());
+    const int before = answered;
+    while (answered < before + 4) std::this_thread::yield();
+  }
+  stop = true;
+  for (std::thread& thread : threads) thread.join();
+  ASSERT_OK_AND_ASSIGN(const ActResponse response, Act(Request("c", 1)));
+  EXPECT_EQ(response.snapshot_version().counter(), 20);
+  EXPECT_EQ(Metric("orrery_planner_snapshots_refused_total").counter.value, 19);
+}
+
+TEST_F(PlannerServiceTest, CloseFailsWhatWaitsAndWhatComesLater) {
+  options_.service.set_max_delay_micros(1000000);
+  Start();
+  ASSERT_OK(Act(Request("absent", 1)));  // from now on the planner waits for this client, too
+  std::thread waiting([this] {
+    EXPECT_THAT(Act(Request("waiting", 1)), StatusIs(absl::StatusCode::kUnavailable, HasSubstr("shutting down")));
+  });
+  while (Metric("orrery_planner_queue_depth").gauge.value == 0) std::this_thread::yield();
+  planner_->Close();
+  waiting.join();
+  ExpectRefused(Request("late", 1), absl::StatusCode::kUnavailable, "shutting down");
+}
+
+TEST_F(PlannerServiceTest, TellsOfTheFirstSnapshot) {
+  absl::Notification ready;
+  options_.on_swap = [&ready](const ServedModel&) { ready.Notify(); };
+  Start(/*snapshot=*/0);
+  EXPECT_FALSE(ready.HasBeenNotified());
+  ASSERT_OK(planner_->snapshots().Load(TinySnapshot(1)));
+  EXPECT_TRUE(ready.HasBeenNotified());
+}
+
+TEST_F(PlannerServiceTest, CreateRefusesOptionsOutOfRange) {
+  const auto refuse = [this](const std::string& message) {
+    EXPECT_THAT(PlannerServer::Create(options_), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(message)));
+  };
+  options_.service.set_max_queue(3);
+  refuse("planner_service.max_queue is 3, expected 16");
+  options_.service.clear_max_queue();
+  options_.service.set_max_batch(0);
+  refuse("planner_service.max_batch is 0, expected 1 to 1024");
+  options_.service.clear_max_batch();
+  options_.device = "abacus";
+  refuse("device \"abacus\"");
+}
+
+}  // namespace
+}  // namespace orrery

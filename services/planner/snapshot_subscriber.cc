@@ -1,0 +1,162 @@
+#include "services/planner/snapshot_subscriber.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "libs/base/log.h"
+#include "libs/base/status.h"
+#include "libs/client/chunk_proto.h"
+#include "libs/client/status.h"
+
+namespace orrery {
+namespace {
+
+// A question that replay answers from memory.
+constexpr absl::Duration kAskTimeout = absl::Seconds(5);
+// A whole snapshot over a slow network.
+constexpr absl::Duration kFetchTimeout = absl::Minutes(2);
+
+}  // namespace
+
+class SnapshotSubscriber::Call {
+ public:
+  explicit Call(SnapshotSubscriber* subscriber, absl::Duration timeout = absl::InfiniteDuration())
+      : subscriber_(subscriber) {
+    if (timeout != absl::InfiniteDuration()) context_.set_deadline(absl::ToChronoTime(absl::Now() + timeout));
+    absl::MutexLock lock(&subscriber_->mu_);
+    subscriber_->context_ = &context_;
+    if (subscriber_->closed_) context_.TryCancel();
+  }
+  ~Call() {
+    absl::MutexLock lock(&subscriber_->mu_);
+    subscriber_->context_ = nullptr;
+  }
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+  grpc::ClientContext* context() { return &context_; }
+
+ private:
+  SnapshotSubscriber* const subscriber_;
+  grpc::ClientContext context_;
+};
+
+SnapshotSubscriber::SnapshotSubscriber(Options options)
+    : options_(std::move(options)),
+      learner_(options_.learner == nullptr ? nullptr : learner::v1::LearnerService::NewStub(options_.learner)),
+      replay_(options_.replay == nullptr ? nullptr : replay::v1::ReplayService::NewStub(options_.replay)),
+      thread_([this] { Loop(); }) {}
+
+SnapshotSubscriber::~SnapshotSubscriber() {
+  {
+    absl::MutexLock lock(&mu_);
+    closed_ = true;
+    if (context_ != nullptr) context_->TryCancel();
+    woken_.SignalAll();
+  }
+  thread_.join();
+}
+
+bool SnapshotSubscriber::closed() const {
+  absl::MutexLock lock(&mu_);
+  return closed_;
+}
+
+bool SnapshotSubscriber::Wait(absl::Duration duration) {
+  absl::MutexLock lock(&mu_);
+  const absl::Time until = options_.clock->Now() + duration;
+  while (!closed_ && options_.clock->Now() < until) options_.clock->WaitUntil(woken_, mu_, until);
+  return !closed_;
+}
+
+void SnapshotSubscriber::Loop() {
+  while (!closed()) {
+    const absl::Status learner = learner_ == nullptr ? absl::OkStatus() : Subscribe();
+    if (closed()) return;
+    const absl::Status replay = replay_ == nullptr ? absl::OkStatus() : AskReplay();
+    if (closed()) return;
+    NoteTrouble(learner, replay);
+    Wait(learner_ == nullptr ? options_.poll_interval : backoff_.Next());
+  }
+}
+
+void SnapshotSubscriber::NoteTrouble(const absl::Status& learner, const absl::Status& replay) {
+  const std::string trouble =
+      absl::StrCat(learner.ok() ? "" : absl::StrCat(" learner=\"", learner.ToString(), "\""),
+                   replay.ok() ? "" : absl::StrCat(" replay=\"", replay.ToString(), "\""));
+  if (trouble == trouble_) return;
+  trouble_ = trouble;
+  if (!trouble.empty()) LogWarning("no new snapshots for now, trying on{}", trouble);
+}
+
+absl::Status SnapshotSubscriber::Subscribe() {
+  Call call(this);
+  auto stream = learner_->SubscribeSnapshots(call.context());
+  learner::v1::SubscribeSnapshotsRequest progress;
+  progress.set_run(options_.run);
+  progress.set_planner_id(options_.planner_id);
+  // A failed write needs no handling: the next read fails too, and Finish tells why.
+  const auto report = [&] {
+    const SnapshotVersion version = options_.holder->version();
+    if (version != SnapshotVersion{}) *progress.mutable_serving_version() = ToProto(version);
+    stream->Write(progress);
+  };
+  report();
+  SnapshotAssembler assembler;
+  learner::v1::SubscribeSnapshotsResponse response;
+  absl::Status damaged;
+  while (damaged.ok() && stream->Read(&response)) {
+    const absl::StatusOr<bool> complete = assembler.Add(response.part());
+    if (!complete.ok()) {
+      damaged = Annotate(complete.status(), "snapshot from the learner");
+      call.context()->TryCancel();
+    } else if (*complete) {
+      backoff_.Reset();
+      if (std::exchange(trouble_, "") != "") LogInfo("snapshots come from the learner again");
+      const Store::Snapshot snapshot = assembler.Take();
+      // A refused one is logged and counted by the holder; the answer tells the learner what is served instead.
+      options_.holder->Load(snapshot.file, snapshot.version).IgnoreError();
+      report();
+    }
+  }
+  const absl::Status ended = FromGrpc(stream->Finish());
+  return damaged.ok() ? ended : damaged;
+}
+
+absl::Status SnapshotSubscriber::AskReplay() {
+  {
+    Call call(this, kAskTimeout);
+    replay::v1::GetStatsRequest request;
+    request.set_run(options_.run);
+    replay::v1::GetStatsResponse stats;
+    RETURN_IF_ERROR(FromGrpc(replay_->GetStats(call.context(), request, &stats)));
+    if (!stats.has_snapshot_version()) return absl::OkStatus();
+    ASSIGN_OR_RETURN(const SnapshotVersion newest, FromProto(stats.snapshot_version()));
+    if (newest <= options_.holder->version()) return absl::OkStatus();
+  }
+  Call call(this, kFetchTimeout);
+  replay::v1::GetSnapshotRequest request;
+  request.set_run(options_.run);
+  auto stream = replay_->GetSnapshot(call.context(), request);
+  SnapshotAssembler assembler;
+  replay::v1::GetSnapshotResponse response;
+  bool complete = false;
+  while (!complete && stream->Read(&response)) {
+    absl::StatusOr<bool> added = assembler.Add(response.part());
+    if (!added.ok()) {
+      call.context()->TryCancel();
+      stream->Finish();
+      return Annotate(added.status(), "snapshot from replay");
+    }
+    complete = *added;
+  }
+  if (complete) {
+    call.context()->TryCancel();  // nothing more is expected
+    stream->Finish();
+    const Store::Snapshot snapshot = assembler.Take();
+    options_.holder->Load(snapshot.file, snapshot.version).IgnoreError();
+    return absl::OkStatus();
+  }
+  return FromGrpc(stream->Finish());
+}
+
+}  // namespace orrery

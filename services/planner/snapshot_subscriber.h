@@ -1,0 +1,70 @@
+// Keeps a planner's snapshot fresh: subscribed to the learner, with replay as the fallback.
+#pragma once
+
+#include <grpcpp/grpcpp.h>
+
+#include <memory>
+#include <string>
+#include <thread>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/synchronization/mutex.h"
+#include "libs/base/clock.h"
+#include "libs/client/channel.h"
+#include "libs/serving/snapshot_holder.h"
+#include "orrery/learner/v1/learner.grpc.pb.h"
+#include "orrery/replay/v1/replay.grpc.pb.h"
+
+namespace orrery {
+
+// One thread that holds a subscription at the learner, loads what comes and answers with what is served. While no learner
+// answers, it asks replay for the newest snapshot and goes on trying, with growing waits. Thread-safe.
+class SnapshotSubscriber {
+ public:
+  struct Options {
+    std::string run;                         // of learner and replay
+    std::string planner_id;                  // 1 to 128 characters, unique among planners
+    std::shared_ptr<grpc::Channel> learner;  // may be null
+    std::shared_ptr<grpc::Channel> replay;   // may be null
+    SnapshotHolder* holder = nullptr;        // required; must outlive this
+    Clock* clock = &Clock::Real();           // must outlive this
+    absl::Duration poll_interval = absl::Seconds(2);  // between two looks at replay without a learner to subscribe to
+  };
+  // Starts the thread.
+  explicit SnapshotSubscriber(Options options);
+  // Ends it.
+  ~SnapshotSubscriber();
+
+ private:
+  // A call that the destructor can cancel.
+  class Call;
+
+  void Loop() ABSL_LOCKS_EXCLUDED(mu_);
+  // Returns when the stream has ended, with the reason.
+  absl::Status Subscribe();
+  // Loads replay's snapshot if it is newer than the one served.
+  absl::Status AskReplay();
+  // Waits; false: closed.
+  bool Wait(absl::Duration duration) ABSL_LOCKS_EXCLUDED(mu_);
+  bool closed() const ABSL_LOCKS_EXCLUDED(mu_);
+  // Logs when the source of snapshots goes away or comes back, not at every try.
+  void NoteTrouble(const absl::Status& learner, const absl::Status& replay);
+
+  // Constant after construction.
+  const Options options_;
+  const std::unique_ptr<learner::v1::LearnerService::Stub> learner_;  // may be null
+  const std::unique_ptr<replay::v1::ReplayService::Stub> replay_;     // may be null
+
+  // Of the thread.
+  Backoff backoff_;
+  std::string trouble_;
+
+  mutable absl::Mutex mu_;
+  absl::CondVar woken_;
+  grpc::ClientContext* context_ ABSL_GUARDED_BY(mu_) = nullptr;  // of the running call
+  bool closed_ ABSL_GUARDED_BY(mu_) = false;
+  std::thread thread_;  // last: it uses all of the above
+};
+
+}  // namespace orrery

@@ -1,0 +1,238 @@
+#include "services/planner/snapshot_subscriber.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <deque>
+#include <optional>
+#include <vector>
+
+#include "absl/time/clock.h"
+#include "libs/base/status_matchers.h"
+#include "libs/client/chunk_proto.h"
+#include "libs/serving/testing.h"
+
+namespace orrery {
+namespace {
+
+using ::testing::ElementsAre;
+
+// A learner that sends what the test says and writes down what planners report. It ends the stream at a nullopt.
+class FakeLearner : public learner::v1::LearnerService::Service {
+ public:
+  struct Item {
+    Store::Snapshot snapshot;
+    bool damaged = false;
+  };
+  grpc::Status SubscribeSnapshots(
+      grpc::ServerContext*, grpc::ServerReaderWriter<learner::v1::SubscribeSnapshotsResponse,
+                                                     learner::v1::SubscribeSnapshotsRequest>* stream) override {
+    learner::v1::SubscribeSnapshotsRequest report;
+    while (stream->Read(&report)) {
+      std::optional<Item> item;
+      {
+        absl::MutexLock lock(&mu_);
+        EXPECT_EQ(report.run(), "tiny");
+        EXPECT_EQ(report.planner_id(), "planner-1");
+        reports_.push_back(report.has_serving_version() ? report.serving_version().counter() : -1);
+        auto next = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) { return !items_.empty() || ended_; };
+        mu_.Await(absl::Condition(&next));
+        if (ended_) return grpc::Status::OK;
+        item = items_.front();
+        items_.pop_front();
+      }
+      if (!item.has_value()) return grpc::Status(grpc::StatusCode::UNAVAILABLE, "going away");
+      (void)SplitSnapshot(item->snapshot, [&](const common::v1::SnapshotPart& part) {
+        learner::v1::SubscribeSnapshotsResponse response;
+        *response.mutable_part() = part;
+        if (item->damaged) response.mutable_part()->set_checksum(part.checksum() + 1);
+        return stream->Write(response);
+      });
+    }
+    return grpc::Status::OK;
+  }
+  void Send(std::optional<Item> item) {
+    absl::MutexLock lock(&mu_);
+    items_.push_back(std::move(item));
+  }
+  std::vector<int64_t> AwaitReports(size_t n) {
+    absl::MutexLock lock(&mu_);
+    auto enough = [this, n]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) { return reports_.size() >= n; };
+    EXPECT_TRUE(mu_.AwaitWithTimeout(absl::Condition(&enough), absl::Seconds(30)));
+    return reports_;
+  }
+  void End() {
+    absl::MutexLock lock(&mu_);
+    ended_ = true;
+  }
+
+ private:
+  absl::Mutex mu_;
+  std::deque<std::optional<Item>> items_ ABSL_GUARDED_BY(mu_);
+  std::vector<int64_t> reports_ ABSL_GUARDED_BY(mu_);
+  bool ended_ ABSL_GUARDED_BY(mu_) = false;
+};
+
+// A replay that keeps one snapshot.
+class FakeReplay : public replay::v1::ReplayService::Service {
+ public:
+  grpc::Status GetStats(grpc::ServerContext*, const replay::v1::GetStatsRequest* request,
+                        replay::v1::GetStatsResponse* response) override {
+    EXPECT_EQ(request->run(), "tiny");
+    absl::MutexLock lock(&mu_);
+    ++questions_;
+    if (snapshot_.has_value()) *response->mutable_snapshot_version() = ToProto(snapshot_->version);
+    return grpc::Status::OK;
+  }
+  grpc::Status GetSnapshot(grpc::ServerContext*, const replay::v1::GetSnapshotRequest*,
+                           grpc::ServerWriter<replay::v1::GetSnapshotResponse>* writer) override {
+    absl::MutexLock lock(&mu_);
+    ++fetched_;
+    (void)SplitSnapshot(*snapshot_, [&](const common::v1::SnapshotPart& part) {
+      replay::v1::GetSnapshotResponse response;
+      *response.mutable_part() = part;
+      return writer->Write(response);
+    });
+    return grpc::Status::OK;
+  }
+  void Keep(Store::Snapshot snapshot) {
+    absl::MutexLock lock(&mu_);
+    snapshot_ = std::move(snapshot);
+  }
+  void AwaitMoreQuestions(int more) {
+    absl::MutexLock lock(&mu_);
+    auto enough = [this, target = questions_ + more]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) { return questions_ >= target; };
+    EXPECT_TRUE(mu_.AwaitWithTimeout(absl::Condition(&enough), absl::Seconds(30)));
+  }
+  int fetched() const {
+    absl::MutexLock lock(&mu_);
+    return fetched_;
+  }
+
+ private:
+  mutable absl::Mutex mu_;
+  std::optional<Store::Snapshot> snapshot_ ABSL_GUARDED_BY(mu_);
+  int questions_ ABSL_GUARDED_BY(mu_) = 0;
+  int fetched_ ABSL_GUARDED_BY(mu_) = 0;
+};
+
+Store::Snapshot SnapshotOf(int64_t counter, int64_t generation = 1) {
+  return {{generation, counter}, TinySnapshot(counter, static_cast<uint64_t>(counter))};
+}
+
+class SnapshotSubscriberTest : public ::testing::Test {
+ protected:
+  SnapshotSubscriberTest()
+      : learner_server_(grpc::ServerBuilder().RegisterService(&learner_).BuildAndStart()),
+        replay_server_(grpc::ServerBuilder().RegisterService(&replay_).BuildAndStart()) {
+    holder_options_.registry = registry_;
+    holder_options_.on_swap = [this](const ServedModel& served) {
+      absl::MutexLock lock(&mu_);
+      swapped_.push_back(served.version.counter);
+    };
+    options_.run = "tiny";
+    options_.planner_id = "planner-1";
+    options_.poll_interval = absl::Milliseconds(1);
+  }
+  ~SnapshotSubscriberTest() override {
+    subscriber_.reset();
+    learner_.End();
+    learner_server_->Shutdown();
+    replay_server_->Shutdown();
+  }
+  void Start(bool with_learner, bool with_replay) {
+    holder_ = std::make_unique<SnapshotHolder>(holder_options_);
+    options_.holder = holder_.get();
+    if (with_learner) options_.learner = learner_server_->InProcessChannel({});
+    if (with_replay) options_.replay = replay_server_->InProcessChannel({});
+    subscriber_ = std::make_unique<SnapshotSubscriber>(options_);
+  }
+  std::vector<int64_t> AwaitSwaps(size_t n) {
+    absl::MutexLock lock(&mu_);
+    auto enough = [this, n]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) { return swapped_.size() >= n; };
+    EXPECT_TRUE(mu_.AwaitWithTimeout(absl::Condition(&enough), absl::Seconds(30)));
+    return swapped_;
+  }
+
+  std::shared_ptr<prometheus::Registry> registry_ = std::make_shared<prometheus::Registry>();
+  FakeLearner learner_;
+  FakeReplay replay_;
+  std::unique_ptr<grpc::Server> learner_server_;
+  std::unique_ptr<grpc::Server> replay_server_;
+  SnapshotHolder::Options holder_options_;
+  SnapshotSubscriber::Options options_;
+  std::unique_ptr<SnapshotHolder> holder_;
+  absl::Mutex mu_;
+  std::vector<int64_t> swapped_ ABSL_GUARDED_BY(mu_);
+  std::unique_ptr<SnapshotSubscriber> subscriber_;
+};
+
+TEST_F(SnapshotSubscriberTest, LoadsWhatTheLearnerSendsAndAnswersWithWhatIsServed) {
+  Start(true, false);
+  learner_.Send(FakeLearner::Item{SnapshotOf(0)});
+  learner_.Send(FakeLearner::Item{SnapshotOf(100)});
+  EXPECT_THAT(learner_.AwaitReports(3), ElementsAre(-1, 0, 100));
+  EXPECT_THAT(AwaitSwaps(2), ElementsAre(0, 100));
+}
+
+TEST_F(SnapshotSubscriberTest, ReportsTheOldVersionWhenASnapshotIsRefused) {
+  Start(true, false);
+  learner_.Send(FakeLearner::Item{SnapshotOf(1)});
+  learner_.Send(FakeLearner::Item{{{1, 2}, "neither safe nor a tensor"}});
+  learner_.Send(FakeLearner::Item{SnapshotOf(3)});
+  EXPECT_THAT(learner_.AwaitReports(4), ElementsAre(-1, 1, 1, 3));
+}
+
+TEST_F(SnapshotSubscriberTest, ComesBackAfterTheLearnerWentAwayAndSaysWhatItServes) {
+  Start(true, false);
+  learner_.Send(FakeLearner::Item{SnapshotOf(1)});
+  learner_.Send(std::nullopt);
+  learner_.Send(FakeLearner::Item{SnapshotOf(2)});
+  EXPECT_THAT(learner_.AwaitReports(4), ElementsAre(-1, 1, 1, 2));
+}
+
+TEST_F(SnapshotSubscriberTest, ComesBackAfterDamagedParts) {
+  Start(true, false);
+  learner_.Send(FakeLearner::Item{SnapshotOf(1), /*damaged=*/true});
+  learner_.Send(FakeLearner::Item{SnapshotOf(1)});
+  EXPECT_THAT(AwaitSwaps(1), ElementsAre(1));
+}
+
+TEST_F(SnapshotSubscriberTest, WithoutALearnerTakesTheNewestFromReplayOnce) {
+  replay_.Keep(SnapshotOf(5));
+  Start(false, true);
+  EXPECT_THAT(AwaitSwaps(1), ElementsAre(5));
+  replay_.AwaitMoreQuestions(3);
+  EXPECT_EQ(replay_.fetched(), 1);
+  replay_.Keep(SnapshotOf(6));
+  EXPECT_THAT(AwaitSwaps(2), ElementsAre(5, 6));
+}
+
+TEST_F(SnapshotSubscriberTest, StartsFromReplayWhileTheLearnerIsAway) {
+  learner_.Send(std::nullopt);
+  replay_.Keep(SnapshotOf(5));
+  Start(true, true);
+  EXPECT_THAT(AwaitSwaps(1), ElementsAre(5));
+  learner_.Send(FakeLearner::Item{SnapshotOf(7)});
+  EXPECT_THAT(AwaitSwaps(2), ElementsAre(5, 7));
+  EXPECT_EQ(replay_.fetched(), 1);
+}
+
+TEST_F(SnapshotSubscriberTest, WaitsWhileReplayHasNoneYet) {
+  Start(false, true);
+  replay_.AwaitMoreQuestions(2);
+  EXPECT_EQ(holder_->Get(), nullptr);
+  replay_.Keep(SnapshotOf(0));
+  EXPECT_THAT(AwaitSwaps(1), ElementsAre(0));
+}
+
+TEST_F(SnapshotSubscriberTest, EndsAtOnceWhileAStreamIsOpen) {
+  Start(true, false);
+  learner_.AwaitReports(1);
+  const absl::Time begin = absl::Now();
+  subscriber_.reset();
+  EXPECT_LT(absl::Now() - begin, absl::Seconds(10));
+}
+
+}  // namespace
+}  // namespace orrery
