@@ -112,7 +112,8 @@ class SystemTest : public ::testing::Test {
   void SetUp() override {
     config_ = dir_ / "config.textproto";
     ASSERT_OK(WriteFileAtomically(config_, kConfig));
-    ASSERT_OK_AND_ASSIGN(redis_, RedisServer::Start());
+    ASSERT_OK(MakeDirectory(dir_ / "redis"));
+    ASSERT_OK_AND_ASSIGN(redis_, RedisServer::Start(dir_ / "redis"));
     for (const char* name : {"replay", "learner", "planner", "actor-0", "actor-1"}) {
       ports_[name] = FreePort();
       health_ports_[name] = FreePort();
