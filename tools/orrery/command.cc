@@ -1,0 +1,31 @@
+#include "tools/orrery/command.h"
+
+#include <pthread.h>
+#include <torch/torch.h>
+
+#include <csignal>
+
+#include "libs/base/cpu.h"
+
+namespace orrery {
+
+void AddThreadsFlag(CLI::App& command, int& threads) {
+  command.add_option("--threads", threads, "Threads of LibTorch; 0: as many as there are processors available")
+      ->check(CLI::Range(0, 1024))
+      ->capture_default_str();
+}
+
+void SetTorchThreads(int threads) {
+  at::set_num_threads(threads > 0 ? threads : AvailableCpus());
+  at::set_num_interop_threads(1);
+}
+
+void UnblockShutdownSignals() {
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGINT);
+  sigaddset(&signals, SIGTERM);
+  pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);
+}
+
+}  // namespace orrery

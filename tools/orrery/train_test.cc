@@ -1,0 +1,216 @@
+// `orrery` as a program: a tiny run on the built-in task, resumed and evaluated; wrong command lines; bad input.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <webp/demux.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
+#include "libs/base/file.h"
+#include "libs/base/status_matchers.h"
+#include "libs/base/testing.h"
+
+namespace orrery {
+namespace {
+
+using testing::HasSubstr;
+
+struct Outcome {
+  int code = -1;
+  std::string output;  // standard output and error
+};
+
+// Runs `orrery ARGUMENTS` in a shell.
+Outcome Orrery(const std::string& arguments, const std::string& before = "") {
+  Outcome outcome;
+  const std::string command = absl::StrCat(before, ORRERY_BIN_DIR, "/orrery ", arguments, " 2>&1");
+  FILE* pipe = popen(command.c_str(), "r");
+  if (pipe == nullptr) return outcome;
+  char buffer[4096];
+  while (size_t n = std::fread(buffer, 1, sizeof(buffer), pipe)) outcome.output.append(buffer, n);
+  const int status = pclose(pipe);
+  outcome.code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+  return outcome;
+}
+
+// Rows of a CSV file, without its header.
+std::vector<std::vector<std::string>> Rows(const std::string& path) {
+  std::vector<std::vector<std::string>> rows;
+  const absl::StatusOr<std::string> file = ReadFile(path);
+  EXPECT_OK(file);
+  if (!file.ok()) return rows;
+  for (absl::string_view line : absl::StrSplit(*file, '\n', absl::SkipEmpty())) {
+    rows.push_back(absl::StrSplit(line, ','));
+  }
+  if (!rows.empty()) rows.erase(rows.begin());
+  return rows;
+}
+
+double MeanLoss(const std::vector<std::vector<std::string>>& rows, size_t begin, size_t end) {
+  double sum = 0;
+  for (size_t i = begin; i < end; ++i) {
+    double value = 0;
+    EXPECT_TRUE(absl::SimpleAtod(rows[i][1], &value));
+    sum += value;
+  }
+  return sum / static_cast<double>(end - begin);
+}
+
+int FilmFrames(const std::string& path) {
+  const absl::StatusOr<std::string> file = ReadFile(path);
+  if (!file.ok()) return -1;
+  WebPData data{reinterpret_cast<const uint8_t*>(file->data()), file->size()};
+  WebPAnimDecoder* decoder = WebPAnimDecoderNew(&data, nullptr);
+  if (decoder == nullptr) return -1;
+  WebPAnimInfo info;
+  const int frames = WebPAnimDecoderGetInfo(decoder, &info) ? static_cast<int>(info.frame_count) : -1;
+  WebPAnimDecoderDelete(decoder);
+  return frames;
+}
+
+std::string TinyRun(const std::string& run_dir) {
+  return absl::StrCat("train --threads=1 --config=", SourceFile("configs/point_pixels.textproto"), " --run_dir=", run_dir,
+                      " --set collection.seed_episodes=3 --set learning.initial_updates=40"
+                      " --set learning.updates_per_episode=10 --set evaluation.every_episodes=2"
+                      " --set planner.cem.candidates=30 --set planner.cem.iterations=2 ");
+}
+
+TEST(Train, RunsResumesAndIsEvaluated) {
+  const TempDir dir;
+  const std::string run = dir / "run";
+  const Outcome first = Orrery(TinyRun(run) + "--set learning.max_episodes=5");
+  ASSERT_EQ(first.code, 0) << first.output;
+  for (const char* file : {"config.textproto", "metrics.csv", "episodes.csv", "snapshots/latest.safetensors"}) {
+    EXPECT_OK(ReadFile(run + "/" + file)) << first.output;
+  }
+  EXPECT_FALSE(std::filesystem::is_empty(run + "/checkpoints"));
+  EXPECT_FALSE(std::filesystem::is_empty(run + "/replay"));
+  EXPECT_GE(FilmFrames(run + "/film.webp"), 20) << first.output;  // equal frames are joined
+
+  const std::vector<std::vector<std::string>> updates = Rows(run + "/metrics.csv");
+  ASSERT_EQ(updates.size(), 60u) << "40 after the seed episodes, 10 after each of the two others";
+  EXPECT_LT(MeanLoss(updates, 40, 60), 0.8 * MeanLoss(updates, 0, 10));
+  std::vector<std::string> modes;
+  for (const auto& episode : Rows(run + "/episodes.csv")) modes.push_back(episode[1]);
+  EXPECT_EQ(modes, (std::vector<std::string>{"random", "random", "random", "train", "train", "evaluate"}));
+
+  EXPECT_EQ(Orrery(TinyRun(run)).code, 1) << "the folder holds a run";
+  const Outcome second = Orrery(absl::StrCat("train --threads=1 --resume --run_dir=", run, " --set learning.max_episodes=7"));
+  ASSERT_EQ(second.code, 0) << second.output;
+  const std::vector<std::vector<std::string>> resumed = Rows(run + "/metrics.csv");
+  ASSERT_EQ(resumed.size(), 80u) << second.output;
+  EXPECT_TRUE(std::equal(updates.begin(), updates.end(), resumed.begin()));
+  EXPECT_LT(MeanLoss(resumed, 60, 80), 0.8 * MeanLoss(resumed, 0, 10)) << "went on with the parameters";
+  EXPECT_EQ(Rows(run + "/episodes.csv").size(), 9u);
+
+  const Outcome agent =
+      Orrery(absl::StrCat("eval --json --threads=1 --episodes=2 --seed=3 --snapshot=", run, "/snapshots/latest.safetensors"));
+  ASSERT_EQ(agent.code, 0) << agent.output;
+  const auto evaluated = nlohmann::json::parse(agent.output);
+  EXPECT_EQ(evaluated["env"], "point_pixels");
+  EXPECT_EQ(evaluated["returns"].size(), 2u);
+  EXPECT_EQ(evaluated["snapshot"]["counter"], 80);
+  EXPECT_EQ(Orrery(absl::StrCat("eval --json --threads=1 --episodes=2 --seed=3 --snapshot=", run,
+                                "/snapshots/latest.safetensors"))
+                .output,
+            agent.output)
+      << "the same seed gives the same returns";
+}
+
+TEST(Train, SavesAndEndsCleanlyOnSigterm) {
+  const TempDir dir;
+  const std::string run = dir / "run";
+  // Ends itself after some seconds of an unlimited run.
+  const Outcome outcome = Orrery(TinyRun(run) + "--set learning.max_episodes=100000", "timeout --preserve-status --signal=TERM 8 ");
+  EXPECT_EQ(outcome.code, 0) << outcome.output;
+  EXPECT_THAT(outcome.output, HasSubstr("saving a checkpoint"));
+  EXPECT_THAT(outcome.output, HasSubstr("snapshot "));
+  EXPECT_FALSE(std::filesystem::is_empty(run + "/checkpoints"));
+}
+
+TEST(CommandLine, WrongOnesExitWithTwo) {
+  for (const char* arguments : {"", "trian", "train --confg=x", "eval --algorithm=magic", "inspect", "inspect rolout",
+                                "eval --episodes=0", "train --threads=-1"}) {
+    const Outcome outcome = Orrery(arguments);
+    EXPECT_EQ(outcome.code, 2) << arguments;
+    EXPECT_THAT(outcome.output, testing::StartsWith("orrery: error: "));
+    EXPECT_EQ(std::count(outcome.output.begin(), outcome.output.end(), '\n'), 1) << outcome.output;
+  }
+}
+
+TEST(CommandLine, HelpAndVersionExitWithZero) {
+  EXPECT_EQ(Orrery("--help").code, 0);
+  EXPECT_THAT(Orrery("train --help").output, HasSubstr("--run_dir"));
+  EXPECT_THAT(Orrery("--version").output, HasSubstr("orrery 0."));
+}
+
+TEST(CommandLine, BadInputIsOneLineAndExitsWithOne) {
+  const TempDir dir;
+  ASSERT_OK(WriteFileAtomically(dir / "typo.textproto", "name: \"x\"\nenvironment { tusk: \"point_pixels\" }\n"));
+  ASSERT_OK(WriteFileAtomically(dir / "damaged.safetensors", "not a snapshot"));
+  const std::string config = SourceFile("configs/point_pixels.textproto");
+  struct Case {
+    std::string arguments;
+    std::string names;
+  };
+  for (const Case& bad : std::vector<Case>{
+           {absl::StrCat("train --config=", dir / "none.textproto"), "none.textproto"},
+           {absl::StrCat("train --config=", dir / "typo.textproto"), "tusk"},
+           {absl::StrCat("train --config=", config, " --run_dir=", dir / "a", " --set learning.batch_size=0"), "batch_size"},
+           {absl::StrCat("train --config=", config, " --run_dir=", dir / "a", " --set environment.task=nope"), "nope"},
+           {absl::StrCat("train --config=", config, " --run_dir=", dir / "a", " --store=nowhere"), "nowhere"},
+           {absl::StrCat("train --resume --run_dir=", dir / "none"), "none"},
+           {"eval --env=point_pixels", "--snapshot"},
+           {absl::StrCat("eval --env=point_pixels --snapshot=", dir / "none"), "none"},
+           {absl::StrCat("eval --env=point_pixels --snapshot=", dir / "damaged.safetensors"), "damaged.safetensors"},
+           {absl::StrCat("inspect rollout --env=point_pixels --input=", dir / "damaged.safetensors", " --out=", dir / "o"),
+            "damaged.safetensors"},
+           {"doctor --redis=127.0.0.1:1", "missing"}}) {
+    const Outcome outcome = Orrery(bad.arguments);
+    EXPECT_EQ(outcome.code, 1) << bad.arguments << "\n" << outcome.output;
+    EXPECT_THAT(outcome.output, HasSubstr("orrery: error: "));
+    EXPECT_THAT(outcome.output, HasSubstr(bad.names));
+  }
+}
+
+TEST(Eval, RandomActionsNeedNoPlanner) {
+  const Outcome outcome = Orrery("eval --env=point_pixels --algorithm=random --episodes=3 --json");
+  ASSERT_EQ(outcome.code, 0) << outcome.output;
+  const auto evaluated = nlohmann::json::parse(outcome.output);
+  EXPECT_EQ(evaluated["returns"].size(), 3u);
+  EXPECT_EQ(evaluated["rows"][0], 51);
+}
+
+TEST(Inspect, ShowsARollout) {
+  const TempDir dir;
+  // A safetensors file with action [2, 2] float32: zeros.
+  const std::string header = R"({"action":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}})";
+  std::string file(8, '\0');
+  file[0] = static_cast<char>(header.size());
+  ASSERT_OK(WriteFileAtomically(dir / "in", file + header + std::string(16, '\0')));
+  const Outcome outcome = Orrery(absl::StrCat("inspect rollout --env=point_pixels --input=", dir / "in", " --out=", dir / "out"));
+  ASSERT_EQ(outcome.code, 0) << outcome.output;
+  ASSERT_OK_AND_ASSIGN(const std::string out, ReadFile(dir / "out"));
+  for (const char* part : {R"("reward":{)", R"("qpos":{)", R"("image":{)", "[3,64,64,3]", "F64"}) EXPECT_THAT(out, HasSubstr(part));
+  const Outcome shown = Orrery(absl::StrCat("inspect snapshot ", dir / "in"));
+  EXPECT_THAT(shown.output, HasSubstr("action"));
+}
+
+TEST(Doctor, FindsEverythingRequired) {
+  const Outcome outcome = Orrery("doctor");
+  EXPECT_EQ(outcome.code, 0) << outcome.output;
+  EXPECT_THAT(outcome.output, HasSubstr("LibTorch   2."));
+  EXPECT_THAT(outcome.output, HasSubstr("MuJoCo     3."));
+  EXPECT_THAT(outcome.output, HasSubstr("cartpole_balance simulates and renders"));
+}
+
+}  // namespace
+}  // namespace orrery

@@ -1,0 +1,135 @@
+#include "tools/orrery/training_run.h"
+
+#include <utility>
+
+#include "libs/base/file.h"
+#include "libs/base/log.h"
+#include "libs/base/status.h"
+#include "libs/client/replay_client.h"
+
+namespace orrery {
+
+absl::StatusOr<std::unique_ptr<TrainingRun>> TrainingRun::Create(Options options) {
+  std::unique_ptr<TrainingRun> run(new TrainingRun(std::move(options)));
+  RETURN_IF_ERROR(MakeDirectory(run->options_.run_dir + "/snapshots"));
+  RETURN_IF_ERROR(run->MakeServices());
+  const std::shared_ptr<grpc::Channel> channel = run->host_->InProcessChannel();
+  RETURN_IF_ERROR(run->MakeLearner(channel));
+  RETURN_IF_ERROR(run->MakeActor(channel));
+  return run;
+}
+
+absl::Status TrainingRun::MakeServices() {
+  const config::v1::Experiment& experiment = options_.experiment;
+  ASSIGN_OR_RETURN(store_, OpenStore({.location = options_.store,
+                                      .run = experiment.name(),
+                                      .partitions = experiment.replay().partitions()}));
+  ASSIGN_OR_RETURN(replay_, ReplayServer::Create({.experiment = experiment, .store = store_.get(), .registry = registry_}));
+  learner_service_ = std::make_unique<LearnerServiceImpl>(experiment.name(), &publisher_, [this] {
+    const Learner::Progress progress = learner_->progress();
+    return LearnerServiceImpl::Progress{progress.updates, progress.loss};
+  });
+  PlannerServer::Options planner;
+  planner.service = experiment.planner_service();
+  planner.planner = experiment.planner();
+  planner.run = experiment.name();
+  planner.device = options_.device;
+  planner.registry = registry_;
+  ASSIGN_OR_RETURN(planner_, PlannerServer::Create(std::move(planner)));
+  HostOptions host;
+  host.name = "train";
+  host.metrics_listen = options_.metrics_listen;
+  host.registry = registry_;
+  host.services = {replay_->service(), learner_service_.get(), planner_->service()};
+  ASSIGN_OR_RETURN(host_, ServiceHost::Start(std::move(host)));
+  return absl::OkStatus();
+}
+
+absl::Status TrainingRun::MakeLearner(std::shared_ptr<grpc::Channel> channel) {
+  const config::v1::Experiment& experiment = options_.experiment;
+  Learner::Options learner;
+  learner.experiment = experiment;
+  // Always the same: a run in one process has one learner, and resuming must not wait for the lease of the session before.
+  learner.learner_id = "train";
+  learner.checkpoint_dir = options_.run_dir + "/checkpoints";
+  learner.resume = options_.resume;
+  ASSIGN_OR_RETURN(learner.device, CatchExceptions("--device", [&]() -> absl::StatusOr<torch::Device> {
+                     return torch::Device(options_.device);
+                   }));
+  learner.replay = std::make_shared<ReplayClient>(channel, experiment.name());
+  learner.watcher = ChunkWatcher::Create(channel, experiment.name());
+  learner.publisher = &publisher_;
+  learner.registry = registry_.get();
+  learner.on_update = [this](const Learner::UpdateReport& report) { log_->AddUpdate(report); };
+  learner.on_snapshot = [this](SnapshotVersion, const std::string& file) {
+    const absl::Status status = WriteFileAtomically(snapshot_path(), file);
+    if (!status.ok()) LogError("snapshot not written: {}", status.ToString());
+  };
+  ASSIGN_OR_RETURN(learner_, Learner::Create(std::move(learner)));
+  ASSIGN_OR_RETURN(log_, RunLog::Open(options_.run_dir, learner_->progress().updates,
+                                      experiment.environment().action_repeat()));
+  return absl::OkStatus();
+}
+
+absl::Status TrainingRun::MakeActor(std::shared_ptr<grpc::Channel> channel) {
+  ActorOptions actor;
+  actor.experiment = options_.experiment;
+  actor.actor_id = "train";
+  actor.replay = channel;
+  actor.planner = channel;
+  actor.registry = registry_;
+  actor.on_episode = [this](const EpisodeSummary& episode) { log_->AddEpisode(episode, learner_->progress().updates); };
+  ASSIGN_OR_RETURN(actor_, Actor::Create(std::move(actor)));
+  return absl::OkStatus();
+}
+
+TrainingRun::~TrainingRun() { Stop().IgnoreError(); }
+
+void TrainingRun::Ended(const absl::Status& status) {
+  absl::MutexLock lock(&mu_);
+  running_ -= 1;
+  error_.Update(status);
+}
+
+void TrainingRun::Start() {
+  replay_->Start([this](bool ready) { host_->SetReady(ready); });
+  const std::shared_ptr<grpc::Channel> channel = host_->InProcessChannel();
+  SnapshotSubscriber::Options subscriber;
+  subscriber.run = options_.experiment.name();
+  subscriber.planner_id = "train";
+  subscriber.learner = channel;
+  subscriber.replay = channel;
+  subscriber.holder = &planner_->snapshots();
+  subscriber_ = std::make_unique<SnapshotSubscriber>(std::move(subscriber));
+  learner_thread_ = std::thread([this] { Ended(Annotate(learner_->Run(), "learner")); });
+  actor_thread_ = std::thread([this] { Ended(Annotate(actor_->Run(), "actor")); });
+}
+
+bool TrainingRun::Running() const {
+  absl::MutexLock lock(&mu_);
+  return error_.ok() && running_ > 0;
+}
+
+absl::Status TrainingRun::Stop() {
+  // The actor first: what it sends at the end must still arrive.
+  if (actor_thread_.joinable()) {
+    actor_->Stop();
+    actor_thread_.join();
+  }
+  if (learner_thread_.joinable()) {
+    learner_->Stop();
+    learner_thread_.join();
+  }
+  subscriber_.reset();
+  publisher_.Close();
+  if (planner_ != nullptr) planner_->Close();
+  if (replay_ != nullptr) replay_->Shutdown();
+  if (host_ != nullptr) {
+    host_->Shutdown(absl::Seconds(2));
+    host_.reset();
+  }
+  absl::MutexLock lock(&mu_);
+  return error_;
+}
+
+}  // namespace orrery

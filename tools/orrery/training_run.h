@@ -1,0 +1,80 @@
+// A whole run in one process: the service classes that the four programs serve, over in-process channels.
+#pragma once
+
+#include <grpcpp/grpcpp.h>
+#include <prometheus/registry.h>
+
+#include <memory>
+#include <string>
+#include <thread>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "libs/config/config.h"
+#include "libs/learning/learner.h"
+#include "libs/learning/snapshot_publisher.h"
+#include "libs/replay/store.h"
+#include "libs/telemetry/service_host.h"
+#include "services/actor/actor.h"
+#include "services/learner/learner_service_impl.h"
+#include "services/planner/planner_service_impl.h"
+#include "services/planner/snapshot_subscriber.h"
+#include "services/replay/replay_service_impl.h"
+#include "tools/orrery/run_log.h"
+
+namespace orrery {
+
+// Owns store, services, learner and actor, and the threads of the last two. Create, Start, then Stop once; one thread.
+class TrainingRun {
+ public:
+  struct Options {
+    config::v1::Experiment experiment;  // valid, its model complete
+    std::string run_dir;                // exists
+    std::string store;                  // "file:FOLDER", "memory:", "redis://…"
+    std::string metrics_listen;         // empty: none
+    std::string device = "cpu";
+    bool resume = false;
+  };
+  static absl::StatusOr<std::unique_ptr<TrainingRun>> Create(Options options);
+  ~TrainingRun();
+
+  void Start();
+  // False once the run is complete, or learner or actor has ended with an error.
+  bool Running() const;
+  // Ends the running episode, saves a checkpoint, ends everything. The first error of actor or learner.
+  absl::Status Stop();
+
+  RunTotals totals() const { return log_->totals(); }
+  Learner::Progress progress() const { return learner_->progress(); }
+  // The newest snapshot, a whole file that is replaced atomically.
+  std::string snapshot_path() const { return options_.run_dir + "/snapshots/latest.safetensors"; }
+
+ private:
+  explicit TrainingRun(Options options) : options_(std::move(options)) {}
+  absl::Status MakeServices();
+  absl::Status MakeLearner(std::shared_ptr<grpc::Channel> channel);
+  absl::Status MakeActor(std::shared_ptr<grpc::Channel> channel);
+  void Ended(const absl::Status& status);
+
+  const Options options_;
+  const std::shared_ptr<prometheus::Registry> registry_ = std::make_shared<prometheus::Registry>();
+  std::unique_ptr<Store> store_;
+  std::unique_ptr<ReplayServer> replay_;
+  SnapshotPublisher publisher_;
+  std::unique_ptr<Learner> learner_;
+  std::unique_ptr<LearnerServiceImpl> learner_service_;
+  std::unique_ptr<PlannerServer> planner_;
+  std::unique_ptr<RunLog> log_;
+  std::unique_ptr<ServiceHost> host_;
+  std::unique_ptr<SnapshotSubscriber> subscriber_;
+  std::unique_ptr<Actor> actor_;
+
+  mutable absl::Mutex mu_;
+  int running_ ABSL_GUARDED_BY(mu_) = 2;  // of learner and actor
+  absl::Status error_ ABSL_GUARDED_BY(mu_);
+  std::thread actor_thread_;
+  std::thread learner_thread_;
+};
+
+}  // namespace orrery
