@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/synchronization/notification.h"
 #include "libs/base/status_matchers.h"
 #include "libs/base/testing.h"
 #include "libs/learning/learning_testing.h"
@@ -35,6 +36,7 @@ class FakeReplay : public ReplayClient {
     EXPECT_EQ(learner_generation, generation);
     if (outages > 0) {
       --outages;
+      outage_seen.Notify();
       return absl::UnavailableError("away");
     }
     if (done >= fence_at) return absl::FailedPreconditionError("generation 1 is not the holder");
@@ -57,7 +59,8 @@ class FakeReplay : public ReplayClient {
 
   int64_t generation = 1;
   bool held_by_another = false;
-  int outages = 0;
+  int outages = 0;  // at most 1
+  absl::Notification outage_seen;
   int64_t fence_at = std::numeric_limits<int64_t>::max();
   std::vector<std::string> events;
   Store::Snapshot snapshot;
@@ -70,6 +73,7 @@ class FakeReplay : public ReplayClient {
 class LearnerTest : public ::testing::Test {
  protected:
   LearnerTest() {
+    torch::set_num_threads(1);  // these models are too small to be worth more
     experiment_.set_name("test");
     experiment_.mutable_environment()->set_task("point_pixels");
     *experiment_.mutable_model() = SmallModel(/*with_image=*/false);
@@ -220,6 +224,7 @@ TEST_F(LearnerTest, WaitsForTheLeaseAndThroughAnOutage) {
   std::thread thread([&] { status = learner->Run(); });
   clock.AwaitWaiters(1);  // for the lease
   clock.Advance(absl::Seconds(1));
+  replay->outage_seen.WaitForNotification();
   clock.AwaitWaiters(1);  // for replay
   clock.Advance(absl::Seconds(1));
   thread.join();
