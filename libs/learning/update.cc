@@ -27,6 +27,17 @@ absl::Status CheckTensor(const Tensor& tensor, const std::vector<int64_t>& shape
       absl::StrCat(what, " is ", actual, "; expected ", at::toString(type), " ", ShapeString(shape)));
 }
 
+absl::Status CheckNoise(const config::v1::Model& config, const Batch& batch, const LossNoise& noise,
+                        bool with_overshooting) {
+  const int64_t t = batch.reward.size(0), b = batch.reward.size(1), s = config.stochastic_size();
+  RETURN_IF_ERROR(CheckTensor(noise.posterior, {t, b, s}, at::kFloat, "noise posterior"));
+  const auto& overshooting = config.objective().overshooting();
+  if (overshooting.distance() < 2 || (!with_overshooting && overshooting.scale() == 0)) return absl::OkStatus();
+  return CheckTensor(noise.overshooting, {overshooting.distance() + 1, t, b, s}, at::kFloat, "noise overshooting");
+}
+
+}  // namespace
+
 absl::Status CheckBatch(const config::v1::Model& config, const Batch& batch) {
   if (!batch.reward.defined() || batch.reward.dim() != 2 || batch.reward.numel() == 0)
     return absl::InvalidArgumentError("reward is not [T, B] with at least one row and one sequence");
@@ -51,17 +62,6 @@ absl::Status CheckBatch(const config::v1::Model& config, const Batch& batch) {
   }
   return absl::OkStatus();
 }
-
-absl::Status CheckNoise(const config::v1::Model& config, const Batch& batch, const LossNoise& noise,
-                        bool with_overshooting) {
-  const int64_t t = batch.reward.size(0), b = batch.reward.size(1), s = config.stochastic_size();
-  RETURN_IF_ERROR(CheckTensor(noise.posterior, {t, b, s}, at::kFloat, "noise posterior"));
-  const auto& overshooting = config.objective().overshooting();
-  if (overshooting.distance() < 2 || (!with_overshooting && overshooting.scale() == 0)) return absl::OkStatus();
-  return CheckTensor(noise.overshooting, {overshooting.distance() + 1, t, b, s}, at::kFloat, "noise overshooting");
-}
-
-}  // namespace
 
 absl::StatusOr<LossAndGradients> ComputeLoss(const WorldModel& model, const Batch& batch, const LossNoise& noise,
                                              bool with_overshooting, bool gradients) {

@@ -25,6 +25,9 @@ struct LossAndGradients {
 absl::StatusOr<LossAndGradients> ComputeLoss(const WorldModel& model, const Batch& batch, const LossNoise& noise,
                                              bool with_overshooting, bool gradients);
 
+// The batch's part of these checks.
+absl::Status CheckBatch(const config::v1::Model& config, const Batch& batch);
+
 struct UpdateResult {
   // By term: "total", "observation", "reward", "kl" and, where it is configured, "overshooting".
   std::map<std::string, double> losses;

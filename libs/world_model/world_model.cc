@@ -12,6 +12,7 @@
 #include "libs/world_model/activation.h"
 #include "libs/world_model/layout.h"
 #include "libs/world_model/rssm_sequence.h"
+#include "libs/world_model/transposed_conv.h"
 
 namespace orrery {
 namespace {
@@ -173,7 +174,7 @@ Tensor WorldModel::Impl::DecodeOne(const ModalityNet& net, const Tensor& feature
   }
   Tensor y = net.decoder_input(feature).unsqueeze(-1).unsqueeze(-1);
   for (size_t i = 0; i < net.decoder.size(); ++i) {
-    y = at::conv_transpose2d(y, net.decoder[i].weight, net.decoder[i].bias, /*stride=*/2);
+    y = TransposedConv(y, net.decoder[i].weight, net.decoder[i].bias);
     if (i + 1 < net.decoder.size()) y = Activate(conv_activation, y);
   }
   return y;

@@ -4,6 +4,7 @@
 #include "libs/base/status_matchers.h"
 #include "libs/world_model/golden.h"
 #include "libs/world_model/imagine.h"
+#include "libs/world_model/transposed_conv.h"
 
 namespace orrery {
 namespace {
@@ -289,6 +290,22 @@ TEST(WorldModel, EncodesZerosForAMissingModality) {
   EXPECT_EQ(both.sizes(), (at::IntArrayRef{3, 19}));  // image, then vector
   EXPECT_TRUE(at::equal(one.slice(1, 16), both.slice(1, 16)));
   EXPECT_EQ(one.slice(1, 0, 16).abs().max().item<float>(), 0);
+}
+
+TEST(TransposedConv, IsTorchsWithItsGradients) {
+  struct Case {
+    int64_t in, out, kernel, size;
+  };
+  for (const Case& c : {Case{6, 4, 5, 1}, Case{5, 3, 6, 4}, Case{4, 2, 5, 4}, Case{3, 9, 6, 3}}) {
+    const auto leaf = [](at::IntArrayRef shape) { return at::randn(shape, at::kDouble).requires_grad_(true); };
+    const std::vector<Tensor> inputs = {leaf({2, c.in, c.size, c.size}), leaf({c.in, c.out, c.kernel, c.kernel}), leaf({c.out})};
+    const Tensor actual = TransposedConv(inputs[0], inputs[1], inputs[2]);
+    const Tensor expected = at::conv_transpose2d(inputs[0], inputs[1], inputs[2], 2);
+    EXPECT_TRUE(Near(actual, expected, 1e-12)) << c.kernel << " at " << c.size;
+    const Tensor direction = at::randn_like(expected);
+    const auto a = torch::autograd::grad({actual}, inputs, {direction}), e = torch::autograd::grad({expected}, inputs, {direction});
+    for (size_t i = 0; i < 3; ++i) EXPECT_TRUE(Near(a[i], e[i], 1e-12)) << c.kernel << " at " << c.size << ", input " << i;
+  }
 }
 
 TEST(Imagine, FiltersThenPredicts) {

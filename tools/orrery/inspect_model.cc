@@ -1,0 +1,204 @@
+#include "tools/orrery/inspect_model.h"
+
+#include <ATen/CPUGeneratorImpl.h>
+
+#include <utility>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/ascii.h"
+#include "absl/strings/str_replace.h"
+#include "libs/base/array.h"
+#include "libs/base/status.h"
+#include "libs/learning/update.h"
+#include "libs/planning/planner.h"
+#include "libs/tensors/safetensors.h"
+#include "libs/world_model/imagine.h"
+#include "libs/world_model/snapshot.h"
+
+namespace orrery {
+namespace {
+
+using torch::Tensor;
+
+// Where noise comes from: exactly one of the three.
+struct Noise {
+  c10::optional<torch::Generator> generator;
+  c10::optional<TensorMap> file;
+};
+
+absl::StatusOr<Noise> OpenNoise(const std::string& text) {
+  Noise noise;
+  uint64_t seed = 0;
+  if (text == "zero") return noise;
+  if (absl::SimpleAtoi(text, &seed)) {
+    noise.generator = at::make_generator<at::CPUGeneratorImpl>(seed);
+    return noise;
+  }
+  ASSIGN_OR_RETURN(SafeTensors file, LoadSafeTensors(text));
+  noise.file = std::move(file.tensors);
+  return noise;
+}
+
+Tensor Find(const TensorMap& tensors, const std::string& name) {
+  const auto it = tensors.find(name);
+  return it == tensors.end() ? Tensor() : it->second;
+}
+
+// Images as uint8 go through the model's preprocessing; everything else is taken as it is.
+absl::Status Preprocess(const WorldModel& model, const config::v1::Modality& modality, const Noise& noise, Tensor& x) {
+  if (!modality.has_image() || x.scalar_type() != at::kByte) return absl::OkStatus();
+  const auto& image = modality.image();
+  const auto is = [&](std::vector<int64_t> shape) { return x.dim() == 5 && x.sizes().slice(2) == at::IntArrayRef(shape); };
+  if (is({image.channels(), image.height(), image.width()})) {
+    x = x.movedim(2, -1);
+  } else if (!is({image.height(), image.width(), image.channels()})) {
+    return absl::InvalidArgumentError(absl::StrCat(modality.name(), " is uint8 ", ShapeString(x.sizes().vec()),
+                                                   "; expected [T, B, ", image.height(), ", ", image.width(), ", ",
+                                                   image.channels(), "]"));
+  }
+  x = model.Preprocess({{modality.name(), x}}, noise.generator).at(modality.name());
+  return absl::OkStatus();
+}
+
+absl::StatusOr<Batch> LoadBatch(const std::string& path, const WorldModel& model, const Noise& noise) {
+  ASSIGN_OR_RETURN(const SafeTensors file, LoadSafeTensors(path));
+  Batch batch;
+  batch.action = Find(file.tensors, "action");
+  batch.reward = Find(file.tensors, "reward");
+  batch.is_first = Find(file.tensors, "is_first");
+  for (const auto& modality : model.config().modalities()) {
+    Tensor x = Find(file.tensors, modality.name());
+    if (!x.defined())
+      return absl::InvalidArgumentError(absl::StrCat(path, ": ", modality.name(), " is missing"));
+    RETURN_IF_ERROR(Annotate(Preprocess(model, modality, noise, x), path));
+    batch.observations.emplace(modality.name(), x);
+  }
+  return batch;
+}
+
+// `name` of the file, drawn, or zeros.
+absl::StatusOr<Tensor> TakeNoise(Noise& noise, const std::string& name, std::vector<int64_t> shape) {
+  if (noise.generator.has_value()) return at::randn(shape, noise.generator, at::kFloat);
+  if (!noise.file.has_value()) return at::zeros(shape);
+  const Tensor x = Find(*noise.file, name);
+  if (x.defined() && x.scalar_type() == at::kFloat && x.sizes() == at::IntArrayRef(shape)) return x;
+  const std::string actual =
+      x.defined() ? absl::StrCat(at::toString(x.scalar_type()), " ", ShapeString(x.sizes().vec())) : "missing";
+  return absl::InvalidArgumentError(
+      absl::StrCat("noise ", name, " is ", actual, "; expected Float ", ShapeString(shape)));
+}
+
+void AddRecon(const TensorMap& recon, TensorMap& out) {
+  for (const auto& [name, x] : recon) out.emplace(name == "image" ? "recon" : "recon." + name, x);
+}
+
+absl::Status Save(const std::string& path, const TensorMap& tensors) {
+  SafeTensors file;
+  for (const auto& [name, x] : tensors)
+    if (x.defined()) file.tensors.emplace(name, x.detach().to(at::kFloat).contiguous());
+  return SaveSafeTensors(path, file);
+}
+
+// "[T, B]" of a batch, from a tensor that must have them first.
+absl::Status CheckLeading(const Tensor& x, int64_t dims, absl::string_view name, const std::string& path) {
+  if (x.defined() && x.dim() == dims && x.numel() > 0) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(path, ": ", name, " is missing, empty or not of ", dims, " dimensions"));
+}
+
+}  // namespace
+
+absl::Status InspectLoss(const InspectLossOptions& options) {
+  ASSIGN_OR_RETURN(const ModelSnapshot snapshot, LoadSnapshot(options.snapshot));
+  ASSIGN_OR_RETURN(Noise source, OpenNoise(options.noise));
+  ASSIGN_OR_RETURN(const Batch batch, LoadBatch(options.batch, *snapshot.model, source));
+  RETURN_IF_ERROR(CheckLeading(batch.reward, 2, "reward", options.batch));
+  const int64_t t = batch.reward.size(0), b = batch.reward.size(1), s = snapshot.model->stochastic_size();
+  const int64_t distance = snapshot.info.model.objective().overshooting().distance();
+  LossNoise noise;
+  ASSIGN_OR_RETURN(noise.posterior, TakeNoise(source, "posterior", {t, b, s}));
+  if (distance >= 2) {
+    ASSIGN_OR_RETURN(noise.overshooting, TakeNoise(source, "overshooting", {distance + 1, t, b, s}));
+  }
+  auto loss = ComputeLoss(*snapshot.model, batch, noise, /*with_overshooting=*/true, options.gradients);
+  if (!loss.ok()) return Annotate(loss.status(), options.batch);
+  const LossOutputs& o = loss->outputs;
+  TensorMap out = {{"deter", o.deter},
+                   {"stoch", o.stoch},
+                   {"prior_mean", o.prior_mean},
+                   {"prior_std", o.prior_std},
+                   {"post_mean", o.post_mean},
+                   {"post_std", o.post_std},
+                   {"embed", o.embed},
+                   {"reward_mean", o.reward_mean},
+                   {"kl", o.kl},
+                   {"loss_observation", o.loss_observation},
+                   {"loss_reward", o.loss_reward},
+                   {"loss_kl", o.loss_kl},
+                   {"loss_overshooting", o.loss_overshooting},
+                   {"loss_total", o.loss_total}};
+  AddRecon(o.recon, out);
+  const auto parameters = snapshot.model->named_parameters();
+  for (size_t i = 0; i < loss->gradients.size(); ++i) out.emplace("grad." + parameters[i].key(), loss->gradients[i]);
+  return Save(options.out, out);
+}
+
+absl::Status InspectPlan(const InspectPlanOptions& options) {
+  ASSIGN_OR_RETURN(const ModelSnapshot snapshot, LoadSnapshot(options.snapshot));
+  ASSIGN_OR_RETURN(Noise source, OpenNoise(options.noise));
+  ASSIGN_OR_RETURN(const SafeTensors state, LoadSafeTensors(options.state));
+  const Tensor deter = Find(state.tensors, "deter"), stoch = Find(state.tensors, "stoch");
+  RETURN_IF_ERROR(CheckLeading(deter, 1, "deter", options.state));
+  RETURN_IF_ERROR(CheckLeading(stoch, 1, "stoch", options.state));
+  const LatentState belief{deter.to(at::kFloat).unsqueeze(0), stoch.to(at::kFloat).unsqueeze(0)};
+  ASSIGN_OR_RETURN(const auto planner, MakePlanner(snapshot.info.planner, snapshot.info.model));
+  absl::StatusOr<PlanResult> plan = absl::InvalidArgumentError("a plan needs noise: give a seed or a file");
+  if (source.generator.has_value()) {
+    plan = planner->Plan(*snapshot.model, belief, {source.generator->current_seed()});
+  } else if (source.file.has_value()) {
+    const auto one = [&](const char* name) {
+      const Tensor x = Find(*source.file, name);
+      return x.defined() ? x.unsqueeze(0) : x;
+    };
+    plan = planner->PlanWithNoise(*snapshot.model, belief, {one("plan_action"), one("plan_state")});
+  }
+  RETURN_IF_ERROR(plan.status());
+  return Save(options.out, {{"plan_mean", plan->mean[0]}, {"plan_std", plan->std[0]}});
+}
+
+absl::Status InspectImagine(const InspectImagineOptions& options) {
+  ASSIGN_OR_RETURN(const ModelSnapshot snapshot, LoadSnapshot(options.snapshot));
+  ASSIGN_OR_RETURN(Noise source, OpenNoise(options.noise));
+  ASSIGN_OR_RETURN(Batch batch, LoadBatch(options.batch, *snapshot.model, source));
+  RETURN_IF_ERROR(CheckLeading(batch.action, 3, "action", options.batch));
+  const int64_t t = batch.action.size(0), b = batch.action.size(1);
+  if (options.context < 1 || options.context > t)
+    return absl::InvalidArgumentError(absl::StrCat("context is ", options.context, "; expected 1 to ", t));
+  batch.reward = at::zeros({t, b});
+  RETURN_IF_ERROR(Annotate(CheckBatch(snapshot.info.model, batch), options.batch));
+  ASSIGN_OR_RETURN(const Tensor noise, TakeNoise(source, "posterior", {t, b, snapshot.model->stochastic_size()}));
+  return CatchExceptions("imagining", [&] {
+    const Imagined imagined = Imagine(*snapshot.model, batch, options.context, noise);
+    TensorMap out = {{"reward_mean", imagined.reward_mean}};
+    AddRecon(imagined.recon, out);
+    return Save(options.out, out);
+  });
+}
+
+absl::Status InspectSnapshot(const std::string& path, std::ostream& out) {
+  ASSIGN_OR_RETURN(const SafeTensors file, LoadSafeTensors(path));
+  int64_t numbers = 0;
+  for (const auto& [name, x] : file.tensors) {
+    numbers += x.numel();
+    out << absl::StreamFormat("%-40s %-7s %-18s norm %.6g\n", name, at::toString(x.scalar_type()),
+                              ShapeString(x.sizes().vec()), x.to(at::kDouble).norm().item<double>());
+  }
+  out << absl::StreamFormat("%d tensors, %d numbers\n", file.tensors.size(), numbers);
+  for (const auto& [key, value] : file.metadata)
+    out << key << ":\n  " << absl::StrReplaceAll(absl::StripTrailingAsciiWhitespace(value), {{"\n", "\n  "}}) << "\n";
+  return absl::OkStatus();
+}
+
+}  // namespace orrery
