@@ -25,6 +25,8 @@ using Outputs = std::vector<absl::StatusOr<SlotOutput>>;
 
 class EngineTest : public ::testing::Test {
  protected:
+  // Tests run side by side, and models this small gain nothing from more threads.
+  EngineTest() { torch::set_num_threads(1); }
   void Serve(const std::string& file) {
     ASSERT_OK(holder_.Load(file));
     served_ = holder_.Get();
@@ -82,6 +84,19 @@ TEST_F(EngineTest, AnswersASlotInABatchAsAlone) {
       for (size_t k = 0; k < a.stoch.size(); ++k) EXPECT_NEAR(a.stoch[k], b.stoch[k], 1e-5);
     }
     for (size_t i = 0; i < slots.size(); ++i) slots[i] = NextSlot(*together[i], 100 * (i + 1) + static_cast<uint64_t>(round));
+  }
+}
+
+TEST_F(EngineTest, KeepsTheOrderOfMoreSlotsThanOnePassTakes) {
+  Serve(TinySnapshot(1));
+  std::vector<SlotInput> slots;
+  for (uint64_t i = 0; i < 19; ++i) slots.push_back(NewSlot(i));  // 64 plans each: 8 to a pass
+  const Outputs together = Run(slots);
+  ASSERT_THAT(together, SizeIs(19));
+  for (const size_t i : {0, 7, 8, 18}) {
+    const Outputs alone = Run({slots[i]});
+    ASSERT_OK(together[i]);
+    for (size_t a = 0; a < 2; ++a) EXPECT_NEAR(together[i]->action[a], alone[0]->action[a], 1e-5) << i;
   }
 }
 
