@@ -75,8 +75,10 @@ absl::StatusOr<Plan> MakePlan(const Flags& flags) {
 // Shows the state of a run on standard error: one line rewritten on a terminal, else a line every few seconds.
 class ProgressLine {
  public:
-  explicit ProgressLine(const config::v1::Learning& learning, RunTotals before)
-      : learning_(learning), episodes_before_(before.episodes), terminal_(isatty(STDERR_FILENO) == 1) {}
+  explicit ProgressLine(const config::v1::Experiment& experiment)
+      : learning_(experiment.learning()),
+        seed_episodes_(experiment.collection().seed_episodes()),
+        terminal_(isatty(STDERR_FILENO) == 1) {}
 
   void Show(const RunTotals& totals, const Learner::Progress& progress) {
     const absl::Time now = absl::Now();
@@ -95,7 +97,7 @@ class ProgressLine {
     view.updates = progress.updates;
     view.updates_per_second = updates_per_second_;
     if (progress.loss != 0) view.loss = progress.loss;
-    view.seconds_left = SecondsLeft(totals, absl::ToDoubleSeconds(now - begin_));
+    view.seconds_left = SecondsLeft(totals, now);
     std::fprintf(stderr, terminal_ ? "\r%s\x1b[K" : "%s\n", FormatProgress(view).c_str());
     std::fflush(stderr);
   }
@@ -104,22 +106,32 @@ class ProgressLine {
   }
 
  private:
-  std::optional<double> SecondsLeft(const RunTotals& totals, double elapsed) const {
+  std::optional<double> SecondsLeft(const RunTotals& totals, absl::Time now) {
     std::optional<double> left;
-    if (learning_.has_max_seconds()) left = static_cast<double>(learning_.max_seconds()) - elapsed;
+    if (learning_.has_max_seconds()) {
+      left = static_cast<double>(learning_.max_seconds()) - absl::ToDoubleSeconds(now - begin_);
+    }
+    // Seed episodes are quick: the pace counts from their end.
+    if (totals.episodes < seed_episodes_) return left;
+    if (paced_since_ == absl::InfinitePast()) {
+      paced_since_ = now;
+      episodes_before_ = totals.episodes;
+    }
     const int64_t played = totals.episodes - episodes_before_;
     if (learning_.has_max_episodes() && played > 0) {
       const double to_play = static_cast<double>(learning_.max_episodes() - totals.episodes);
-      const double by_episodes = elapsed / static_cast<double>(played) * to_play;
+      const double by_episodes = absl::ToDoubleSeconds(now - paced_since_) / static_cast<double>(played) * to_play;
       left = std::min(left.value_or(by_episodes), by_episodes);
     }
     return left;
   }
 
   const config::v1::Learning learning_;
-  const int64_t episodes_before_;
+  const int64_t seed_episodes_;
   const bool terminal_;
   const absl::Time begin_ = absl::Now();
+  absl::Time paced_since_ = absl::InfinitePast();
+  int64_t episodes_before_ = 0;
   absl::Time last_ = absl::Now();
   absl::Time next_ = absl::Now();
   int64_t last_updates_ = -1;
@@ -127,10 +139,11 @@ class ProgressLine {
 };
 
 // True when a signal ended it.
-bool Watch(TrainingRun& run, const config::v1::Learning& learning) {
+bool Watch(TrainingRun& run, const config::v1::Experiment& experiment) {
+  const config::v1::Learning& learning = experiment.learning();
   const absl::Time end =
       learning.has_max_seconds() ? absl::Now() + absl::Seconds(learning.max_seconds()) : absl::InfiniteFuture();
-  ProgressLine line(learning, run.totals());
+  ProgressLine line(experiment);
   bool signalled = false;
   while (run.Running() && absl::Now() < end && !signalled) {
     line.Show(run.totals(), run.progress());
@@ -174,7 +187,7 @@ absl::Status Run(const Flags& flags) {
   RETURN_IF_ERROR(WriteFileAtomically(plan.run_dir + "/config.textproto", ToText(plan.experiment)));
 
   run->Start();
-  const bool signalled = Watch(*run, plan.experiment.learning());
+  const bool signalled = Watch(*run, plan.experiment);
   if (signalled) std::fprintf(stderr, "stopping: saving a checkpoint\n");
   RETURN_IF_ERROR(run->Stop());
   PrintSummary(run->totals(), run->progress(), plan, run->snapshot_path());

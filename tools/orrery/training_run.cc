@@ -116,6 +116,7 @@ absl::Status TrainingRun::Stop() {
     actor_->Stop();
     actor_thread_.join();
   }
+  actor_.reset();  // ends its stream to replay before replay does
   if (learner_thread_.joinable()) {
     learner_->Stop();
     learner_thread_.join();
