@@ -206,9 +206,12 @@ void Actor::Finish() {
   const absl::Time deadline = absl::Now() + kFinishTimeout;
   for (Player& player : players_) {
     if (!player.running) continue;
-    const absl::Status status = End(player, EpisodeEnd::kTruncated);
+    // No return to report: it was not played to its end.
+    const absl::Status status = SendRows(player, EpisodeEnd::kTruncated);
     if (!status.ok()) LogWarning("episode cut short could not be sent: {}", status.ToString());
+    player.running = false;
   }
+  RenewLeases();
   FlushBefore(deadline);
   metrics_->unacknowledged.Set(static_cast<double>(writer_->unacknowledged_bytes()));
 }

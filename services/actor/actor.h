@@ -55,7 +55,8 @@ struct ActorOptions {
   std::shared_ptr<grpc::Channel> planner;
   std::shared_ptr<prometheus::Registry> registry;
   absl::Duration act_timeout = absl::Seconds(60);
-  // Called on the thread of Run at the end of every episode, after its last chunk was handed over. May be empty.
+  // Called on the thread of Run after every episode that was played to its end, once its last chunk was handed over. May be
+  // empty.
   std::function<void(const EpisodeSummary&)> on_episode;
   // Makes environments; empty: MakeEnvironment.
   std::function<absl::StatusOr<std::unique_ptr<Environment>>(const EnvironmentOptions&)> make_environment;

@@ -405,6 +405,7 @@ TEST_F(ActorTest, StopsWhileThePlannerHangsAndMarksTheEpisodeTruncated) {
   ASSERT_EQ(replay_.chunks().size(), 1u);
   EXPECT_EQ(replay_.chunks()[0].rows(), 1);
   EXPECT_EQ(replay_.chunks()[0].end(), replay::v1::TRUNCATED);
+  EXPECT_TRUE(summaries_.empty()) << "the return of a part would be taken for that of an episode";
 }
 
 TEST_F(ActorTest, StopsWhileNoEpisodeMayBegin) {
