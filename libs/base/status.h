@@ -42,7 +42,9 @@ auto CatchExceptions(absl::string_view what, F&& f) -> decltype(f()) {
   try {
     return f();
   } catch (const std::exception& e) {
-    return absl::InternalError(absl::StrCat(what, ": ", e.what()));
+    // LibTorch appends a C++ backtrace, which says nothing to a user.
+    const absl::string_view message(e.what());
+    return absl::InternalError(absl::StrCat(what, ": ", message.substr(0, message.find("\nException raised from"))));
   }
 }
 
