@@ -33,7 +33,8 @@ cmake --build --preset release --target orrery -j "$jobs"
 orrery=build/bin/orrery
 
 echo "quickstart: training for $seconds seconds in $run_dir (Ctrl-C saves and ends)"
-"$orrery" train --config=configs/quickstart.textproto --set="seed=$seed" --set="learning.max_seconds=$seconds" \
+# One thread each for learning and for playing, which go on at the same time.
+"$orrery" train --config=configs/quickstart.textproto --threads=1 --set="seed=$seed" --set="learning.max_seconds=$seconds" \
   --run_dir="$run_dir"
 
 # Means of the returns of the same 5 episodes.
