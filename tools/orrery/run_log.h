@@ -28,7 +28,7 @@ struct RunTotals {
 // Thread-safe. A file that cannot be written any more (a full disk) is reported once; training goes on.
 class RunLog {
  public:
-  // In a folder that holds an earlier session's files, goes on behind update `updates`; episodes.csv keeps its rows.
+  // In a folder that holds an earlier run's files, goes on behind update `updates`; episodes.csv keeps its rows.
   static absl::StatusOr<std::unique_ptr<RunLog>> Open(const std::string& folder, int64_t updates,
                                                       int action_repeat);
   ~RunLog();

@@ -49,7 +49,7 @@ absl::Status TrainingRun::MakeLearner(std::shared_ptr<grpc::Channel> channel) {
   const config::v1::Experiment& experiment = options_.experiment;
   Learner::Options learner;
   learner.experiment = experiment;
-  // Always the same: a run in one process has one learner, and resuming must not wait for the lease of the session before.
+  // Always the same: a run in one process has one learner, and resuming must not wait for the lease of the process before.
   learner.learner_id = "train";
   learner.checkpoint_dir = options_.run_dir + "/checkpoints";
   learner.resume = options_.resume;
