@@ -24,12 +24,7 @@ done
 
 tools/setup.sh
 
-memory_gib=$(awk '/MemTotal/ {print int($2 / 1048576)}' /proc/meminfo)
-processors=$(nproc)
-jobs="${ORRERY_JOBS:-$((memory_gib / 2 < processors ? (memory_gib / 2 > 0 ? memory_gib / 2 : 1) : processors))}"
-echo "quickstart: building with $jobs jobs"
-cmake --preset release >/dev/null
-cmake --build --preset release --target orrery -j "$jobs"
+ORRERY_PRESET=release tools/build.sh --target orrery
 orrery=build/bin/orrery
 
 echo "quickstart: training for $seconds seconds in $run_dir (Ctrl-C saves and ends)"
