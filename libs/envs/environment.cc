@@ -48,6 +48,17 @@ absl::StatusOr<std::unique_ptr<Simulator>> MakeSimulator(const std::string& task
       absl::StrCat("unknown task \"", task, "\", expected one of: ", absl::StrJoin(KnownTasks(), ", ")));
 }
 
+EnvironmentOptions ToEnvironmentOptions(const config::v1::Environment& environment) {
+  EnvironmentOptions options;
+  options.task = environment.task();
+  options.action_repeat = environment.action_repeat();
+  options.image_size = environment.image_size();
+  options.quality = environment.quality() == config::v1::Environment::REFERENCE ? EnvironmentOptions::Quality::kReference
+                                                                                : EnvironmentOptions::Quality::kFast;
+  options.time_limit = environment.time_limit();
+  return options;
+}
+
 absl::StatusOr<std::unique_ptr<Environment>> MakeEnvironment(const EnvironmentOptions& options) {
   if (options.action_repeat < 1) {
     return absl::InvalidArgumentError(absl::StrCat("action_repeat is ", options.action_repeat, ", expected at least 1"));

@@ -9,6 +9,7 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "libs/base/array.h"
+#include "orrery/config/v1/experiment.pb.h"
 
 namespace orrery {
 
@@ -59,7 +60,7 @@ class Environment {
   virtual absl::StatusOr<Array> Render(int height, int width) = 0;
 };
 
-// How a task is made; mirrors orrery.config.v1.Environment.
+// How a task is made.
 struct EnvironmentOptions {
   enum class Quality { kReference, kFast };
   std::string task;
@@ -68,6 +69,9 @@ struct EnvironmentOptions {
   Quality quality = Quality::kFast;
   int time_limit = 0;  // simulator steps; 0: the task's own
 };
+
+// What orrery.config.v1.Environment says.
+EnvironmentOptions ToEnvironmentOptions(const config::v1::Environment& environment);
 
 // Makes a task with action repeat (rewards summed, stops at the end of the episode) around it.
 // NOT_FOUND lists the known tasks, or names the missing MuJoCo file.

@@ -115,15 +115,8 @@ absl::StatusOr<Model> CompleteModel(const Model& model, const EnvironmentSpec& s
 absl::StatusOr<config::v1::Experiment> CompleteExperiment(const config::v1::Experiment& experiment) {
   config::v1::Experiment complete = experiment;
   if (!NeedsEnvironment(experiment.model())) return complete;
-  const config::v1::Environment& environment = experiment.environment();
-  EnvironmentOptions options;
-  options.task = environment.task();
-  options.action_repeat = environment.action_repeat();
-  options.image_size = environment.image_size();
-  options.quality = environment.quality() == config::v1::Environment::REFERENCE ? EnvironmentOptions::Quality::kReference
-                                                                                : EnvironmentOptions::Quality::kFast;
-  options.time_limit = environment.time_limit();
-  ASSIGN_OR_RETURN(const std::unique_ptr<Environment> made, MakeEnvironment(options));
+  ASSIGN_OR_RETURN(const std::unique_ptr<Environment> made,
+                   MakeEnvironment(ToEnvironmentOptions(experiment.environment())));
   ASSIGN_OR_RETURN(*complete.mutable_model(), CompleteModel(experiment.model(), made->spec()));
   return complete;
 }

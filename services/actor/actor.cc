@@ -61,19 +61,6 @@ Array Stack(const std::vector<const Array*>& rows) {
 
 }  // namespace
 
-EnvironmentOptions MakeEnvironmentOptions(const config::v1::Experiment& experiment, const std::string& task) {
-  const config::v1::Environment& environment = experiment.environment();
-  EnvironmentOptions options;
-  options.task = task.empty() ? environment.task() : task;
-  options.action_repeat = environment.action_repeat();
-  options.image_size = environment.image_size();
-  options.quality = environment.quality() == config::v1::Environment::REFERENCE
-                        ? EnvironmentOptions::Quality::kReference
-                        : EnvironmentOptions::Quality::kFast;
-  options.time_limit = environment.has_time_limit() ? environment.time_limit() : 0;
-  return options;
-}
-
 std::vector<float> RandomAction(const ActionSpec& spec, std::mt19937_64& random) {
   std::vector<float> action(spec.size, 0.0f);
   if (spec.discrete) {
@@ -145,8 +132,9 @@ absl::StatusOr<std::unique_ptr<Actor>> Actor::Create(ActorOptions options) {
 
 absl::Status Actor::MakePlayer(Player& player, const std::string& task) {
   if (player.environment != nullptr && player.task == task) return absl::OkStatus();
-  ASSIGN_OR_RETURN(player.environment,
-                   options_.make_environment(MakeEnvironmentOptions(options_.experiment, task)));
+  EnvironmentOptions environment = ToEnvironmentOptions(options_.experiment.environment());
+  environment.task = task;
+  ASSIGN_OR_RETURN(player.environment, options_.make_environment(environment));
   player.task = task;
   const EnvironmentSpec& spec = player.environment->spec();
   if (specification_hash_ == 0) {

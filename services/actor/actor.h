@@ -37,9 +37,6 @@ struct EpisodeSummary {
   double seconds = 0;
 };
 
-// The environment that `experiment` describes, with another task if `task` is not empty.
-EnvironmentOptions MakeEnvironmentOptions(const config::v1::Experiment& experiment, const std::string& task = "");
-
 // Uniform in [-1, 1), or a uniform choice; the same on every machine.
 std::vector<float> RandomAction(const ActionSpec& spec, std::mt19937_64& random);
 
