@@ -350,10 +350,10 @@ TEST_F(BatcherTest, EveryRequestOfManyThreadsIsAnsweredOnce) {
     });
   }
   for (std::thread& client : clients) client.join();
+  while (ran == 0) std::this_thread::yield();  // the queue is not empty: the worker only has to be scheduled
   batcher.Close();
   worker.join();
   EXPECT_EQ(ran + failed, 2000);
-  EXPECT_GT(ran, 0);
 }
 
 }  // namespace
