@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Everything that is too long for continuous integration: sanitizers, clang, the CUDA compile, buf lint.
+# Everything that is too long for continuous integration: sanitizers, clang, the CUDA compile, dm_control beside ours, buf lint.
 # Each part runs even when an earlier one failed; the exit status is 0 only when all passed.
 #
-#   tools/ci_full.sh [part …]      parts: release asan tsan clang cuda lint    (default: all)
+#   tools/ci_full.sh [part …]      parts: release asan tsan clang cuda dm_control lint    (default: all)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,9 +14,10 @@ run_part() {
     tsan) ORRERY_PRESET=tsan tools/test.sh ;;
     clang) command -v clang++ >/dev/null || sudo_apt clang; cmake --preset clang && cmake --build --preset clang ;;
     cuda) tools/setup.sh && cmake --preset cuda && cmake --build --preset cuda ;;
+    dm_control) sudo_apt python3-venv; compare_with_dm_control ;;
     lint) command -v buf >/dev/null || { echo "buf not found: go install github.com/bufbuild/buf/cmd/buf@v1.50.0"; return 1; }
           buf lint ;;
-    *) echo "ci_full: unknown part \"$1\": expected release, asan, tsan, clang, cuda or lint"; return 2 ;;
+    *) echo "ci_full: unknown part \"$1\": expected release, asan, tsan, clang, cuda, dm_control or lint"; return 2 ;;
   esac
 }
 
@@ -26,8 +27,16 @@ sudo_apt() {
   "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
 }
 
+compare_with_dm_control() {
+  local venv=build/dm_control
+  tools/setup.sh && tools/build.sh --target orrery &&
+    { [ -x "$venv/bin/python" ] || python3 -m venv "$venv"; } &&
+    "$venv/bin/pip" install --quiet dm_control==1.0.50 mujoco==3.17.0 safetensors==0.8.0 &&
+    MUJOCO_GL=osmesa "$venv/bin/python" tools/compare_dm_control.py
+}
+
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(release asan tsan clang cuda lint)
+[ ${#parts[@]} -gt 0 ] || parts=(release asan tsan clang cuda dm_control lint)
 failed=()
 for part in "${parts[@]}"; do
   echo "ci_full: $part"
