@@ -51,6 +51,8 @@ constexpr Range kRanges[] = {
     {"Overshooting.distance", 0, 64},
     {"Overshooting.scale", 0},
     {"Overshooting.free_nats", 0},
+    {"KlBalance.dynamics", 0},
+    {"KlBalance.representation", 0},
     {"Objective.free_nats", 0},
     {"Objective.reward_scale", 0},
     {"Objective.kl_scale", 0},

@@ -68,7 +68,7 @@ absl::Status Learner::Initialize() {
   mirror.refused_chunks = &metrics_.refused_chunks;
   ASSIGN_OR_RETURN(mirror_, Mirror::Create(mirror));
   const auto seed = static_cast<uint64_t>(experiment.seed());
-  ASSIGN_OR_RETURN(trainer_, Trainer::Create(experiment.model(), learning, seed, options_.device));
+  ASSIGN_OR_RETURN(trainer_, Trainer::Create(experiment.model(), learning, seed, options_.device, options_.threads));
   source_ = std::make_unique<MirroredSource>(mirror_.get(), learning.batch_size(), DeriveSeed(seed, "batches"));
   if (!options_.checkpoint_dir.empty()) {
     ASSIGN_OR_RETURN(checkpoints_, CheckpointFolder::Open(options_.checkpoint_dir, learning.keep_checkpoints()));

@@ -50,6 +50,7 @@ class Learner {
     std::string checkpoint_dir;         // empty: no checkpoints
     bool resume = false;                // from the newest checkpoint, where there is one
     torch::Device device = torch::kCPU;
+    int threads = 1;  // that share an update on the CPU; LibTorch's own are better left at one (parallel_rows.h)
     std::shared_ptr<ReplayClient> replay;
     std::unique_ptr<ChunkWatcher> watcher;
     SnapshotPublisher* publisher = nullptr;    // must outlive the learner

@@ -18,10 +18,11 @@ constexpr char kGenerator[] = "random.generator";
 
 absl::StatusOr<std::unique_ptr<Trainer>> Trainer::Create(const config::v1::Model& model,
                                                          const config::v1::Learning& learning, uint64_t seed,
-                                                         torch::Device device) {
+                                                         torch::Device device, int threads) {
   ASSIGN_OR_RETURN(std::shared_ptr<WorldModel> world_model, WorldModel::Create(model, DeriveSeed(seed, "parameters")));
   return CatchExceptions(absl::StrCat("training on ", device.str()), [&]() -> absl::StatusOr<std::unique_ptr<Trainer>> {
     world_model->to(device);
+    world_model->UseWorkers(std::make_shared<RowWorkers>(threads));
     // A generator of this trainer's own, for any kind of device.
     torch::Generator generator = at::globalContext().defaultGenerator(device).clone();
     generator.set_current_seed(DeriveSeed(seed, "noise"));

@@ -19,10 +19,11 @@ namespace orrery {
 // went through State and Restore in between.
 class Trainer {
  public:
-  // `model` complete; both valid. INVALID_ARGUMENT or INTERNAL: the model cannot be made on that device.
+  // `model` complete; both valid; `threads` share an update on the CPU. INVALID_ARGUMENT or INTERNAL: the model cannot be
+  // made on that device.
   static absl::StatusOr<std::unique_ptr<Trainer>> Create(const config::v1::Model& model,
                                                          const config::v1::Learning& learning, uint64_t seed,
-                                                         torch::Device device);
+                                                         torch::Device device, int threads);
   // One update from a batch as stored: to the device, preprocessed, then the updater. INTERNAL: LibTorch failed.
   absl::StatusOr<UpdateResult> Update(const StoredBatch& batch);
 

@@ -26,6 +26,8 @@ absl::StatusOr<std::shared_ptr<const ServedModel>> SnapshotHolder::Build(absl::s
   return CatchExceptions("snapshot", [&]() -> absl::StatusOr<std::shared_ptr<const ServedModel>> {
     ASSIGN_OR_RETURN(ModelSnapshot parsed, ParseSnapshot(file));
     parsed.model->to(options_.device);
+    parsed.model->UseWorkers(options_.workers);
+    if (options_.bfloat16) parsed.model->UseBfloat16();
     auto served = std::make_shared<ServedModel>();
     served->info = std::move(parsed.info);
     if (options_.planner.has_value()) served->info.planner = *options_.planner;

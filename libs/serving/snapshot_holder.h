@@ -28,6 +28,8 @@ class SnapshotHolder {
     std::optional<config::v1::Planner> planner;  // instead of the snapshot's own
     std::string default_name;                    // name of a model whose snapshot does not say its run
     torch::Device device = torch::kCPU;
+    std::shared_ptr<RowWorkers> workers;  // share rollouts on the CPU; null: none
+    bool bfloat16 = false;                // rollouts on the CPU
     std::shared_ptr<prometheus::Registry> registry;  // required
     Clock* clock = &Clock::Real();                   // must outlive this
     // Tries a model of a structure that was not served before; an error refuses the snapshot. Empty: no trial.

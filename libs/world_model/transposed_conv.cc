@@ -20,11 +20,18 @@ Tensor FromOnePixel(const Tensor& x, const Tensor& weight, const Tensor& bias) {
 Tensor ByPhases(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   const int64_t in = weight.size(0), out = weight.size(1), half = weight.size(2) / 2;
   const Tensor phases = weight.view({in, out, half, 2, half, 2})
-                            .permute({1, 3, 5, 0, 2, 4})
+                            .permute({3, 5, 1, 0, 2, 4})
                             .flip({4, 5})
                             .reshape({4 * out, in, half, half});
-  const Tensor spread = bias.unsqueeze(1).expand({out, 4}).reshape({4 * out});
-  return at::pixel_shuffle(at::conv2d(x, phases, spread, /*stride=*/1, /*padding=*/half - 1), 2);
+  const Tensor y = at::conv2d(x.contiguous(at::MemoryFormat::ChannelsLast), phases, bias.repeat(4), /*stride=*/1,
+                              /*padding=*/half - 1);
+  const int64_t n = y.size(0), h = y.size(2), w = y.size(3);
+  // In memory [N, H, W, row phase, column phase, C]: whole runs of [column phase, C] move.
+  return y.permute({0, 2, 3, 1})
+      .view({n, h, w, 2, 2 * out})
+      .transpose(2, 3)
+      .reshape({n, 2 * h, 2 * w, out})
+      .permute({0, 3, 1, 2});
 }
 
 }  // namespace

@@ -6,11 +6,14 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/synchronization/mutex.h"
 #include "libs/base/array.h"
 #include "libs/base/random.h"
 #include "libs/base/status.h"
 #include "libs/world_model/activation.h"
 #include "libs/world_model/layout.h"
+#include "libs/world_model/parallel_rows.h"
+#include "libs/world_model/rollout.h"
 #include "libs/world_model/rssm_sequence.h"
 #include "libs/world_model/transposed_conv.h"
 
@@ -23,6 +26,12 @@ struct Layer {
   Tensor weight, bias;
   Tensor operator()(const Tensor& x) const { return at::linear(x, weight, bias); }
 };
+
+std::vector<Tensor> Parameters(const std::vector<Layer>& layers) {
+  std::vector<Tensor> parameters;
+  for (const Layer& layer : layers) parameters.insert(parameters.end(), {layer.weight, layer.bias});
+  return parameters;
+}
 
 struct ModalityNet {
   std::string name;
@@ -76,19 +85,28 @@ void Register(torch::nn::Module& root, const std::string& name, const Tensor& te
 struct WorldModel::Impl {
   explicit Impl(const config::v1::Model& model);
   // Binds the networks to the parameters by name.
-  void Bind(const TensorMap& parameters);
+  void Bind(TensorMap named);
 
   Tensor EncodeOne(const ModalityNet& net, const Tensor& x) const;
   Tensor DecodeOne(const ModalityNet& net, const Tensor& feature) const;
+  // `f` of all rows of x, by the workers where there are some and a gradient is wanted.
+  Tensor ByWorkers(const std::function<Tensor(const Tensor&)>& f, const Tensor& x, const std::vector<Layer>& layers) const;
+  Gaussian PriorOf(const Tensor& deter) const;
   Tensor RewardOf(const Tensor& feature) const;
+  Tensor ReturnsByTorch(const LatentState& start, const Tensor& actions, const Tensor& noise) const;
+  Tensor ReturnsOnCpu(const LatentState& start, const Tensor& actions, const Tensor& noise) const;
   // Action's part of rssm.input.
   Tensor ActionPart(const Tensor& x) const { return at::linear(x, input_action_weight(), input.bias); }
   Tensor input_state_weight() const { return input.weight.narrow(1, 0, stoch); }
   Tensor input_action_weight() const { return input.weight.narrow(1, stoch, input.weight.size(1) - stoch); }
+  // The weights as rollouts on the CPU take them, packed anew when a parameter has changed.
+  std::shared_ptr<const PackedModel> Packed() const;
+  std::unique_ptr<PackedModel> Pack(const RolloutKernel& kernel) const;
   // GRU step from state's and action's parts of rssm.input.
   Tensor Recur(const Tensor& action_part, const LatentState& state) const;
   Tensor ObservationLoss(const TensorMap& recon, const TensorMap& observations) const;
-  Tensor KlLoss(const Tensor& kl) const;
+  Tensor FreeNats(const Tensor& kl) const;
+  Tensor KlLoss(const LossOutputs& o, const Gaussian& posterior, const Gaussian& prior) const;
   Tensor OvershootingLoss(const LossOutputs& o, const Tensor& action_part, const Tensor& first,
                           const Tensor& noise) const;
 
@@ -96,6 +114,7 @@ struct WorldModel::Impl {
   const int64_t deter, stoch, action_size;
   const double min_std;
   const Activation activation, conv_activation;
+  TensorMap parameters;
   std::vector<ModalityNet> modalities;
   uint64_t structure_hash = 0;
 
@@ -103,6 +122,12 @@ struct WorldModel::Impl {
   Tensor gru_weight_ih, gru_weight_hh, gru_bias_ih, gru_bias_hh;
   std::vector<Layer> reward;
   Layer reward_out;
+  std::shared_ptr<RowWorkers> workers;
+  bool bfloat16 = false;
+
+  mutable absl::Mutex packed_mu;
+  mutable std::shared_ptr<const PackedModel> packed ABSL_GUARDED_BY(packed_mu);
+  mutable std::vector<std::pair<const void*, int64_t>> packed_versions ABSL_GUARDED_BY(packed_mu);
 };
 
 WorldModel::Impl::Impl(const config::v1::Model& model)
@@ -114,7 +139,8 @@ WorldModel::Impl::Impl(const config::v1::Model& model)
       activation(model.activation()),
       conv_activation(model.conv_activation()) {}
 
-void WorldModel::Impl::Bind(const TensorMap& parameters) {
+void WorldModel::Impl::Bind(TensorMap named) {
+  parameters = std::move(named);
   const auto layer = [&](const std::string& name) {
     return Layer{parameters.at(name + ".weight"), parameters.at(name + ".bias")};
   };
@@ -157,13 +183,17 @@ void WorldModel::Impl::Bind(const TensorMap& parameters) {
 }
 
 Tensor WorldModel::Impl::EncodeOne(const ModalityNet& net, const Tensor& x) const {
-  Tensor y = x;
   if (!net.is_image) {
+    Tensor y = x;
     for (const Layer& l : net.encoder) y = Activate(activation, l(y));
     return y;
   }
-  for (const Layer& l : net.encoder) y = Activate(conv_activation, at::conv2d(y, l.weight, l.bias, /*stride=*/2));
-  return y.flatten(1);
+  const auto convolutions = [&](const Tensor& image) {
+    Tensor y = image;
+    for (const Layer& l : net.encoder) y = Activate(conv_activation, at::conv2d(y, l.weight, l.bias, /*stride=*/2));
+    return y.flatten(1);
+  };
+  return ByWorkers(convolutions, x, net.encoder);
 }
 
 Tensor WorldModel::Impl::DecodeOne(const ModalityNet& net, const Tensor& feature) const {
@@ -172,18 +202,83 @@ Tensor WorldModel::Impl::DecodeOne(const ModalityNet& net, const Tensor& feature
     for (const Layer& l : net.decoder) y = Activate(activation, l(y));
     return net.out(y);
   }
-  Tensor y = net.decoder_input(feature).unsqueeze(-1).unsqueeze(-1);
-  for (size_t i = 0; i < net.decoder.size(); ++i) {
-    y = TransposedConv(y, net.decoder[i].weight, net.decoder[i].bias);
-    if (i + 1 < net.decoder.size()) y = Activate(conv_activation, y);
-  }
-  return y;
+  const auto deconvolutions = [&](const Tensor& pixel) {
+    Tensor y = pixel;
+    for (size_t i = 0; i < net.decoder.size(); ++i) {
+      y = TransposedConv(y, net.decoder[i].weight, net.decoder[i].bias);
+      if (i + 1 < net.decoder.size()) y = Activate(conv_activation, y);
+    }
+    return y;
+  };
+  return ByWorkers(deconvolutions, net.decoder_input(feature).unsqueeze(-1).unsqueeze(-1), net.decoder);
+}
+
+Tensor WorldModel::Impl::ByWorkers(const std::function<Tensor(const Tensor&)>& f, const Tensor& x,
+                                   const std::vector<Layer>& layers) const {
+  if (workers == nullptr || !x.is_cpu() || !at::GradMode::is_enabled()) return f(x);
+  return ParallelRows(*workers, f, x, Parameters(layers));
+}
+
+Gaussian WorldModel::Impl::PriorOf(const Tensor& h) const {
+  return ToGaussian(prior_out(Activate(activation, prior_hidden(h))), min_std);
 }
 
 Tensor WorldModel::Impl::RewardOf(const Tensor& feature) const {
   Tensor y = feature;
   for (const Layer& l : reward) y = Activate(activation, l(y));
   return reward_out(y).squeeze(-1);
+}
+
+RolloutActivation ToRollout(Activation activation) {
+  switch (activation) {
+    case config::v1::Model::ELU: return RolloutActivation::kElu;
+    case config::v1::Model::TANH: return RolloutActivation::kTanh;
+    case config::v1::Model::SILU: return RolloutActivation::kSilu;
+    default: return RolloutActivation::kRelu;
+  }
+}
+
+std::unique_ptr<PackedModel> WorldModel::Impl::Pack(const RolloutKernel& kernel) const {
+  auto pack = std::make_unique<PackedModel>(kernel.pair);
+  RolloutModel& m = pack->model;
+  m.deter = deter;
+  m.stoch = stoch;
+  m.hidden = input.bias.size(0);
+  m.action = action_size;
+  m.min_std = static_cast<float>(min_std);
+  m.activation = ToRollout(activation);
+  const auto gates = [&](const Tensor& x) { return x.narrow(0, 0, 2 * deter); };
+  const auto candidate = [&](const Tensor& x) { return x.narrow(0, 2 * deter, deter); };
+  m.input = pack->Layer({input_state_weight(), input_action_weight()}, input.bias);
+  m.reset_update = pack->Layer({gates(gru_weight_ih), gates(gru_weight_hh)}, gates(gru_bias_ih) + gates(gru_bias_hh));
+  m.candidate_input = pack->Layer({candidate(gru_weight_ih)}, candidate(gru_bias_ih));
+  m.candidate_recurrent = pack->Layer({candidate(gru_weight_hh)}, candidate(gru_bias_hh));
+  m.prior_hidden = pack->Layer({prior_hidden.weight}, prior_hidden.bias);
+  m.prior_out = pack->Layer({prior_out.weight}, prior_out.bias);
+  std::vector<Layer> head = reward;
+  head.push_back(reward_out);
+  std::vector<RolloutLayer> layers;
+  m.widest = std::max(m.hidden, 2 * stoch);
+  for (const Layer& layer : head) {
+    const Tensor& w = layer.weight;
+    layers.push_back(layers.empty() ? pack->Layer({w.narrow(1, 0, deter), w.narrow(1, deter, stoch)}, layer.bias)
+                                    : pack->Layer({w}, layer.bias));
+    m.widest = std::max(m.widest, w.size(0));
+  }
+  pack->SetReward(std::move(layers));
+  return pack;
+}
+
+std::shared_ptr<const PackedModel> WorldModel::Impl::Packed() const {
+  std::vector<std::pair<const void*, int64_t>> versions;
+  for (const auto& [name, parameter] : parameters)
+    versions.emplace_back(parameter.const_data_ptr(), parameter.is_inference() ? 0 : parameter._version());
+  absl::MutexLock lock(&packed_mu);
+  if (packed == nullptr || versions != packed_versions) {
+    packed = Pack(BestRolloutKernel(bfloat16));
+    packed_versions = std::move(versions);
+  }
+  return packed;
 }
 
 Tensor WorldModel::Impl::Recur(const Tensor& action_part, const LatentState& state) const {
@@ -203,10 +298,18 @@ Tensor WorldModel::Impl::ObservationLoss(const TensorMap& recon, const TensorMap
   return loss;
 }
 
-Tensor WorldModel::Impl::KlLoss(const Tensor& kl) const {
+Tensor WorldModel::Impl::FreeNats(const Tensor& kl) const {
   const double free = config.objective().free_nats();
   if (config.objective().free_nats_rule() == config::v1::Objective::AVERAGED) return kl.mean().clamp_min(free);
   return (kl - free).clamp_min(0).mean();
+}
+
+Tensor WorldModel::Impl::KlLoss(const LossOutputs& o, const Gaussian& posterior, const Gaussian& prior) const {
+  if (!config.objective().has_kl_balance()) return FreeNats(o.kl);
+  const auto& balance = config.objective().kl_balance();
+  const auto detached = [](const Gaussian& g) { return Gaussian{g.mean.detach(), g.std.detach()}; };
+  return balance.dynamics() * FreeNats(Divergence(detached(posterior), prior)) +
+         balance.representation() * FreeNats(Divergence(posterior, detached(prior)));
 }
 
 // All start rows roll as one batch: after k steps row i of the batch has landed on row i + k of the sequence.
@@ -225,7 +328,7 @@ Tensor WorldModel::Impl::OvershootingLoss(const LossOutputs& o, const Tensor& ac
     state = {state.deter.reshape({-1, deter}).slice(0, 0, rows), state.stoch.reshape({-1, stoch}).slice(0, 0, rows)};
     valid = valid.slice(0, 0, t_size - k).logical_and(first.slice(0, k).logical_not());
     state.deter = Recur(landed(action_part), state);
-    const Gaussian prior = ToGaussian(prior_out(Activate(activation, prior_hidden(state.deter))), min_std);
+    const Gaussian prior = PriorOf(state.deter);
     if (k >= 2) {
       const Tensor kl = Divergence({landed(target.mean), landed(target.std)}, prior);
       const Tensor counted = (kl - config.objective().overshooting().free_nats()).clamp_min(0);
@@ -265,6 +368,11 @@ absl::StatusOr<std::shared_ptr<WorldModel>> WorldModel::Create(const config::v1:
 
 const config::v1::Model& WorldModel::config() const { return impl_->config; }
 uint64_t WorldModel::StructureHash() const { return impl_->structure_hash; }
+std::unique_ptr<PackedModel> WorldModel::PackForRollouts(const RolloutKernel& kernel) const {
+  return impl_->Pack(kernel);
+}
+void WorldModel::UseWorkers(std::shared_ptr<RowWorkers> workers) { impl_->workers = std::move(workers); }
+void WorldModel::UseBfloat16() { impl_->bfloat16 = true; }
 int WorldModel::deterministic_size() const { return static_cast<int>(impl_->deter); }
 int WorldModel::stochastic_size() const { return static_cast<int>(impl_->stoch); }
 int WorldModel::action_size() const { return static_cast<int>(impl_->action_size); }
@@ -319,8 +427,7 @@ Tensor WorldModel::Transition(const LatentState& state, const Tensor& action) co
 }
 
 Gaussian WorldModel::Prior(const Tensor& deter) const {
-  const Tensor hidden = Activate(impl_->activation, impl_->prior_hidden(deter));
-  return ToGaussian(impl_->prior_out(hidden), impl_->min_std);
+  return impl_->PriorOf(deter);
 }
 
 Gaussian WorldModel::Posterior(const Tensor& deter, const Tensor& embed) const {
@@ -382,12 +489,13 @@ LossOutputs WorldModel::Loss(const Batch& batch, const LossNoise& noise, bool wi
   for (const ModalityNet& net : m.modalities)
     o.recon.emplace(net.name, m.DecodeOne(net, feature).unflatten(0, at::IntArrayRef{t, b}));
   o.reward_mean = m.RewardOf(feature).view({t, b});
-  o.kl = Divergence({o.post_mean, o.post_std}, prior);
+  const Gaussian posterior{o.post_mean, o.post_std};
+  o.kl = Divergence(posterior, prior);
 
   const auto& objective = m.config.objective();
   o.loss_observation = m.ObservationLoss(o.recon, batch.observations);
   o.loss_reward = 0.5 * at::mse_loss(o.reward_mean, batch.reward);
-  o.loss_kl = m.KlLoss(o.kl);
+  o.loss_kl = m.KlLoss(o, posterior, prior);
   o.loss_total = o.loss_observation + objective.reward_scale() * o.loss_reward + objective.kl_scale() * o.loss_kl;
   const double scale = objective.overshooting().scale();
   if (objective.overshooting().distance() >= 2 && (with_overshooting || scale > 0)) {
@@ -410,10 +518,27 @@ LossNoise WorldModel::DrawNoise(int64_t t, int64_t b, torch::Generator& generato
   return noise;
 }
 
-// All candidates of an agent share its state, so the state's parts of the first step are computed once per agent.
 Tensor WorldModel::ImaginedReturns(const LatentState& start, const Tensor& actions, const Tensor& noise) const {
   torch::NoGradGuard no_grad;
-  const Impl& m = *impl_;
+  const bool fused = impl_->input.bias.is_cpu() && impl_->input.bias.scalar_type() == at::kFloat;
+  return fused ? impl_->ReturnsOnCpu(start, actions, noise) : impl_->ReturnsByTorch(start, actions, noise);
+}
+
+Tensor WorldModel::Impl::ReturnsOnCpu(const LatentState& start, const Tensor& actions, const Tensor& noise) const {
+  const Tensor h = start.deter.contiguous(), s = start.stoch.contiguous(), a = actions.contiguous(), z = noise.contiguous();
+  Tensor returns = at::empty({a.size(1), a.size(2)}, h.options());
+  const std::shared_ptr<const PackedModel> weights = Packed();
+  Roll(BestRolloutKernel(bfloat16), weights->model,
+       {.horizon = a.size(0), .agents = a.size(1), .candidates = a.size(2), .deter = h.const_data_ptr<float>(),
+        .stoch = s.const_data_ptr<float>(), .actions = a.const_data_ptr<float>(), .noise = z.const_data_ptr<float>(),
+        .returns = returns.mutable_data_ptr<float>()},
+       workers.get());
+  return returns;
+}
+
+// All candidates of an agent share its state, so the state's parts of the first step are computed once per agent.
+Tensor WorldModel::Impl::ReturnsByTorch(const LatentState& start, const Tensor& actions, const Tensor& noise) const {
+  const Impl& m = *this;
   const int64_t n = actions.size(1), j = actions.size(2), rows = n * j;
   const Tensor weight = m.input_state_weight().t();
   const auto spread = [&](const Tensor& x) { return x.unsqueeze(1).expand({n, j, x.size(1)}).reshape({rows, x.size(1)}); };
@@ -428,9 +553,9 @@ Tensor WorldModel::ImaginedReturns(const LatentState& start, const Tensor& actio
     }
     state.deter = at::gru_cell(Activate(m.activation, x), state.deter, m.gru_weight_ih, m.gru_weight_hh, m.gru_bias_ih,
                                m.gru_bias_hh);
-    const Gaussian prior = Prior(state.deter);
+    const Gaussian prior = PriorOf(state.deter);
     state.stoch = at::addcmul(prior.mean, prior.std, noise[t].reshape({rows, m.stoch}));
-    total.add_(Reward(state));
+    total.add_(RewardOf(at::cat({state.deter, state.stoch}, -1)));
   }
   return total.view({n, j});
 }

@@ -12,6 +12,8 @@
 
 #include "absl/status/statusor.h"
 #include "libs/config/config.h"
+#include "libs/world_model/parallel_rows.h"
+#include "libs/world_model/rollout.h"
 
 namespace orrery {
 
@@ -65,6 +67,12 @@ class WorldModel : public torch::nn::Module {
   ~WorldModel() override;
 
   const config::v1::Model& config() const;
+  // On the CPU these share ImaginedReturns, and the convolutions of Loss and of its gradient, which are then computed in slices
+  // of the batch: the result does not depend on the number of threads, and a gradient can be taken only once. Call before
+  // anything else.
+  void UseWorkers(std::shared_ptr<RowWorkers> workers);
+  // ImaginedReturns on the CPU with bfloat16 dot products where the processor has them. Call before anything else.
+  void UseBfloat16();
   // Hash of names and shapes of all parameters.
   uint64_t StructureHash() const;
   int deterministic_size() const;
@@ -94,7 +102,11 @@ class WorldModel : public torch::nn::Module {
   LossNoise DrawNoise(int64_t t, int64_t b, torch::Generator& generator, bool with_overshooting) const;
   // Sums [N, J] of the predicted rewards of J open-loop rollouts from each of N states: actions [H, N, J, A], standard
   // normals [H, N, J, S]. Without gradient.
+  // On the CPU by the kernels of rollout.h.
   torch::Tensor ImaginedReturns(const LatentState& start, const torch::Tensor& actions, const torch::Tensor& noise) const;
+
+  // The weights that a kernel takes.
+  std::unique_ptr<PackedModel> PackForRollouts(const RolloutKernel& kernel) const;
 
  private:
   struct Impl;

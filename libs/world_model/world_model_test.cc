@@ -4,6 +4,8 @@
 #include "libs/base/status_matchers.h"
 #include "libs/world_model/golden.h"
 #include "libs/world_model/imagine.h"
+#include "libs/world_model/parallel_rows.h"
+#include "libs/world_model/rollout.h"
 #include "libs/world_model/transposed_conv.h"
 
 namespace orrery {
@@ -187,6 +189,98 @@ TEST_P(ActivationTest, LossFollowsTheStepByStepModel) {
 INSTANTIATE_TEST_SUITE_P(All, ActivationTest,
                          ::testing::Values(config::v1::Model::RELU, config::v1::Model::ELU, config::v1::Model::TANH,
                                            config::v1::Model::SILU));
+
+// In a single row the prior does not know the posterior: its parameters feel only the dynamics weight, the posterior's only
+// the representation weight.
+TEST(WorldModel, BalancedDivergenceWeighsPriorAndPosteriorApart) {
+  const config::v1::Model plain = SmallConfig();
+  config::v1::Model balanced = plain;
+  balanced.mutable_objective()->mutable_kl_balance()->set_dynamics(0.5);
+  balanced.mutable_objective()->mutable_kl_balance()->set_representation(0.25);
+  const Batch batch = RandomBatch(plain, 1, 2, at::kDouble);
+  const LossNoise noise{at::randn({1, 2, 3}, at::kDouble), {}};
+  const std::vector<std::pair<std::string, double>> weights = {
+      {"rssm.prior.out.weight", 0.5}, {"rssm.posterior.out.weight", 0.25}, {"encoder.image.conv1.weight", 0.25}};
+  const auto a = Make(plain), b = Make(balanced);  // from one seed: the same parameters
+  a->to(at::kDouble);
+  b->to(at::kDouble);
+  const Tensor expected = a->Loss(batch, noise, false).loss_kl, actual = b->Loss(batch, noise, false).loss_kl;
+  EXPECT_NEAR(actual.item<double>(), 0.75 * expected.item<double>(), 1e-12);
+  for (const auto& [name, weight] : weights) {
+    const auto gradient = [&name = name](const auto& model, const Tensor& loss) {
+      return torch::autograd::grad({loss}, {model->named_parameters()[name]}, {}, /*retain_graph=*/true)[0];
+    };
+    EXPECT_GT(gradient(a, expected).abs().max().template item<double>(), 0) << name;
+    EXPECT_TRUE(Near(gradient(b, actual), weight * gradient(a, expected), 1e-12)) << name;
+  }
+}
+
+// Slices on several threads: the same loss and gradients, and the same bits for every number of threads.
+TEST(WorldModel, ThreadsShareTheConvolutions) {
+  const config::v1::Model config = SmallConfig();
+  const Batch batch = RandomBatch(config, 12, 9, at::kFloat);
+  const LossNoise noise{at::randn({12, 9, 3}), {}};
+  const auto gradients = [&](int threads) {
+    const auto model = Make(config);
+    if (threads > 0) model->UseWorkers(std::make_shared<RowWorkers>(threads));
+    const LossOutputs o = model->Loss(batch, noise, false);
+    auto result = torch::autograd::grad({o.loss_total}, model->parameters());
+    result.push_back(o.loss_total.detach());
+    result.push_back(o.recon.at("image").detach());
+    return result;
+  };
+  const auto whole = gradients(0), one = gradients(1), three = gradients(3);
+  for (size_t i = 0; i < whole.size(); ++i) {
+    EXPECT_TRUE(Near(one[i], whole[i], 1e-5 * (1 + whole[i].abs().max().item<double>()))) << i;
+    EXPECT_TRUE(at::equal(one[i], three[i])) << i;
+  }
+}
+
+// An exception in a slice reaches the caller, and the workers go on.
+TEST(WorldModel, ASliceThatFailsIsReported) {
+  RowWorkers workers(3);
+  const Tensor x = at::ones({64, 2});
+  EXPECT_THROW(ParallelRows(workers, [](const Tensor& rows) { return rows.mm(at::ones({3, 1})); }, x, {}), c10::Error);
+  EXPECT_TRUE(at::equal(ParallelRows(workers, [](const Tensor& rows) { return rows.sum(1); }, x, {}), x.sum(1)));
+}
+
+// Every kernel against LibTorch's operations in double precision, with sizes that fill neither vectors nor tiles; and a
+// changed parameter is noticed.
+TEST_P(ActivationTest, RolloutKernelsGiveTheReturnsOfTheModel) {
+  config::v1::Model config = SmallConfig();
+  config.set_activation(GetParam());
+  config.mutable_reward()->set_layers(2);
+  config.set_deterministic_size(19);
+  config.set_hidden_size(30);
+  config.set_stochastic_size(7);
+  const auto model = Make(config), reference = Make(config);
+  reference->to(at::kDouble);
+  const int64_t h = 6, n = 2, j = 45;
+  const LatentState start{at::randn({n, 19}), at::randn({n, 7})};
+  const Tensor actions = at::rand({h, n, j, 2}) * 2 - 1, noise = at::randn({h, n, j, 7});
+  const auto expected = [&] {
+    return reference->ImaginedReturns({start.deter.to(at::kDouble), start.stoch.to(at::kDouble)}, actions.to(at::kDouble),
+                                      noise.to(at::kDouble));
+  };
+  EXPECT_TRUE(Near(model->ImaginedReturns(start, actions, noise).to(at::kDouble), expected(), 2e-6));
+  for (const RolloutKernel& kernel : RolloutKernels()) {
+    Tensor returns = at::zeros({n, j});
+    Roll(kernel, model->PackForRollouts(kernel)->model,
+         {.horizon = h, .agents = n, .candidates = j, .deter = start.deter.const_data_ptr<float>(),
+          .stoch = start.stoch.const_data_ptr<float>(), .actions = actions.const_data_ptr<float>(),
+          .noise = noise.const_data_ptr<float>(), .returns = returns.mutable_data_ptr<float>()},
+         /*workers=*/nullptr);
+    EXPECT_TRUE(Near(returns.to(at::kDouble), expected(), kernel.pair == 1 ? 2e-6 : 2e-2)) << kernel.name;
+  }
+  torch::NoGradGuard no_grad;
+  model->named_parameters()["reward.out.bias"].add_(0.5);
+  reference->named_parameters()["reward.out.bias"].add_(0.5);
+  EXPECT_TRUE(Near(model->ImaginedReturns(start, actions, noise).to(at::kDouble), expected(), 2e-6));
+  // What is not a number stays so, for that candidate alone.
+  Tensor broken = actions.clone();
+  broken[1][0][3][0] = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_EQ(model->ImaginedReturns(start, broken, noise).isnan().sum().item<int64_t>(), 1);
+}
 
 // Without overshooting: its targets are constants of the loss, which differences of the loss do not know.
 TEST(WorldModel, GradientsAreFiniteDifferences) {

@@ -114,13 +114,14 @@ class CurveWriter {
 };
 
 absl::Status Serve(const LearnerFlags& flags) {
-  torch::set_num_threads(flags.threads > 0 ? flags.threads : AvailableCpus());
+  torch::set_num_threads(1);
   torch::set_num_interop_threads(1);
   ASSIGN_OR_RETURN(const config::v1::Experiment loaded, LoadExperiment(flags.common.config, flags.common.set));
   Learner::Options options;
   ASSIGN_OR_RETURN(options.experiment, CompleteExperiment(loaded));
   LogInfo("configuration\n{}", ToText(options.experiment));
   ASSIGN_OR_RETURN(options.device, ParseDevice(flags.device));
+  options.threads = flags.threads > 0 ? flags.threads : AvailableCpus();
   ASSIGN_OR_RETURN(const std::shared_ptr<grpc::Channel> replay, MakeChannel(flags.replay));
 
   HostOptions host_options = MakeHostOptions(kDefaults, flags.common);

@@ -70,7 +70,7 @@ absl::StatusOr<std::unique_ptr<SnapshotSubscriber>> MakeSubscriber(const Planner
 
 absl::Status Serve(const PlannerFlags& flags) {
   const int threads = flags.threads > 0 ? flags.threads : AvailableCpus();
-  torch::set_num_threads(threads);
+  torch::set_num_threads(1);
   torch::set_num_interop_threads(1);
 
   if (flags.learner.empty() && flags.replay.empty() && flags.snapshot.empty()) {
@@ -93,6 +93,7 @@ absl::Status Serve(const PlannerFlags& flags) {
   if (experiment.has_planner()) options.planner = experiment.planner();
   options.run = run;
   options.device = flags.device;
+  options.threads = threads;
   options.registry = host_options.registry;
   // Nothing is loaded before the host is there.
   options.on_swap = [&ready_host](const ServedModel&) { ready_host->SetReady(true); };

@@ -183,6 +183,8 @@ class PlannerServerImpl final : public PlannerServer, public planner::v1::Planne
  private:
   SnapshotHolder::Options MakeHolderOptions(const Options& options, torch::Device device) {
     SnapshotHolder::Options holder;
+    holder.workers = std::make_shared<RowWorkers>(options.threads);
+    holder.bfloat16 = options.service.precision() == config::v1::PlannerService::BFLOAT16;
     holder.planner = options.planner;
     holder.default_name = options.run;
     holder.device = device;

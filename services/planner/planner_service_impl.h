@@ -29,6 +29,7 @@ class PlannerServer {
     std::optional<config::v1::Planner> planner;  // instead of the snapshot's own
     std::string run;                             // name of a model whose snapshot does not say it
     std::string device = "cpu";                  // "cpu", "cuda", "cuda:N"
+    int threads = 1;                             // share a batch of plans on the CPU
     std::shared_ptr<prometheus::Registry> registry;  // required
     Clock* clock = &Clock::Real();                   // must outlive the server
     // Called after every swap: from the first one on, requests are answered. Empty: nobody cares.

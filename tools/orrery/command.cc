@@ -9,8 +9,8 @@
 
 namespace orrery {
 
-void AddThreadsFlag(CLI::App& command, int& threads) {
-  command.add_option("--threads", threads, "Threads of LibTorch; 0: as many as there are processors available")
+void AddThreadsFlag(CLI::App& command, int& threads, const std::string& what) {
+  command.add_option("--threads", threads, what + "; 0: as many as there are processors available")
       ->check(CLI::Range(0, 1024))
       ->capture_default_str();
 }

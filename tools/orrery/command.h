@@ -3,6 +3,7 @@
 
 #include <CLI/CLI.hpp>
 #include <functional>
+#include <string>
 
 #include "absl/status/status.h"
 
@@ -14,10 +15,11 @@ using Command = std::function<absl::Status()>;
 void AddTrainCommand(CLI::App& app, Command& command);
 void AddEvalCommand(CLI::App& app, Command& command);
 void AddInspectCommand(CLI::App& app, Command& command);
+void AddBenchCommand(CLI::App& app, Command& command);
 void AddDoctorCommand(CLI::App& app, Command& command);
 
 // Declares --threads on a command; 0, the default: as many as there are processors available.
-void AddThreadsFlag(CLI::App& command, int& threads);
+void AddThreadsFlag(CLI::App& command, int& threads, const std::string& what = "Threads of LibTorch");
 // Sets LibTorch's thread counts: call before its first use.
 void SetTorchThreads(int threads);
 

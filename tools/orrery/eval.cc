@@ -10,6 +10,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "libs/base/cpu.h"
 #include "libs/base/file.h"
 #include "libs/base/status.h"
 #include "libs/client/channel.h"
@@ -57,7 +58,7 @@ absl::StatusOr<std::optional<config::v1::Experiment>> FindExperiment(const Flags
 absl::StatusOr<EnvironmentOptions> PlayedEnvironment(const Flags& flags,
                                                      const std::optional<config::v1::Experiment>& experiment) {
   EnvironmentOptions options;
-  if (experiment.has_value()) options = MakeEnvironmentOptions(*experiment);
+  if (experiment.has_value()) options = ToEnvironmentOptions(experiment->environment());
   if (!flags.environment.empty() && flags.environment != options.task) {
     options.task = flags.environment;
     options.time_limit = 0;
@@ -76,12 +77,16 @@ absl::StatusOr<EnvironmentOptions> PlayedEnvironment(const Flags& flags,
 class LocalPlanner {
  public:
   static absl::StatusOr<std::unique_ptr<LocalPlanner>> Create(const std::string& snapshot,
-                                                              const std::optional<config::v1::Planner>& planner) {
+                                                              const std::optional<config::v1::Planner>& planner,
+                                                              config::v1::PlannerService::Precision precision,
+                                                              int threads) {
     auto local = std::unique_ptr<LocalPlanner>(new LocalPlanner);
     PlannerServer::Options options;
     options.service.set_max_batch(1);
     options.service.set_max_delay_micros(0);
+    options.service.set_precision(precision);
     options.planner = planner;
+    options.threads = threads;
     options.run = "eval";
     options.registry = std::make_shared<prometheus::Registry>();
     HostOptions host;
@@ -151,7 +156,7 @@ absl::Status Run(const Flags& flags) {
   if (!random && flags.planner.empty() == flags.snapshot.empty()) {
     return absl::InvalidArgumentError("give either --planner=HOST:PORT or --snapshot=FILE (or --algorithm=random)");
   }
-  SetTorchThreads(flags.threads);
+  SetTorchThreads(1);
   ASSIGN_OR_RETURN(const std::optional<config::v1::Experiment> experiment, FindExperiment(flags));
   ASSIGN_OR_RETURN(EnvironmentOptions options, PlayedEnvironment(flags, experiment));
   std::unique_ptr<LocalPlanner> local;
@@ -159,7 +164,9 @@ absl::Status Run(const Flags& flags) {
   if (!random && !flags.snapshot.empty()) {
     std::optional<config::v1::Planner> planner;
     if (!flags.config.empty()) planner = experiment->planner();
-    ASSIGN_OR_RETURN(local, LocalPlanner::Create(flags.snapshot, planner));
+    ASSIGN_OR_RETURN(local, LocalPlanner::Create(flags.snapshot, planner,
+                                                 experiment.value_or(config::v1::Experiment()).planner_service().precision(),
+                                                 flags.threads > 0 ? flags.threads : AvailableCpus()));
     channel = local->Channel();
   } else if (!random) {
     ASSIGN_OR_RETURN(channel, MakeChannel(flags.planner));
@@ -213,7 +220,7 @@ void AddEvalCommand(CLI::App& app, Command& command) {
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   eval->add_flag("--json", flags->json, "Prints one JSON object");
-  AddThreadsFlag(*eval, flags->threads);
+  AddThreadsFlag(*eval, flags->threads, "Threads that plan");
   eval->callback([&command, flags] { command = [flags] { return Run(*flags); }; });
 }
 

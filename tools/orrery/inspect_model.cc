@@ -122,6 +122,7 @@ absl::Status InspectLoss(const InspectLossOptions& options) {
   if (distance >= 2) {
     ASSIGN_OR_RETURN(noise.overshooting, TakeNoise(source, "overshooting", {distance + 1, t, b, s}));
   }
+  snapshot.model->UseWorkers(std::make_shared<RowWorkers>(at::get_num_threads()));  // as the learner computes it
   auto loss = ComputeLoss(*snapshot.model, batch, noise, /*with_overshooting=*/true, options.gradients);
   if (!loss.ok()) return Annotate(loss.status(), options.batch);
   const LossOutputs& o = loss->outputs;

@@ -13,6 +13,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
+#include "libs/base/cpu.h"
 #include "libs/base/file.h"
 #include "libs/base/log.h"
 #include "libs/base/random.h"
@@ -156,7 +157,8 @@ bool Watch(TrainingRun& run, const config::v1::Experiment& experiment) {
 absl::Status MakeFilm(const config::v1::Experiment& experiment, const std::string& snapshot, const std::string& path) {
   ASSIGN_OR_RETURN(const ModelSnapshot loaded, LoadSnapshot(snapshot));
   ASSIGN_OR_RETURN(std::unique_ptr<Planner> planner, MakePlanner(experiment.planner(), loaded.info.model));
-  ASSIGN_OR_RETURN(std::unique_ptr<Environment> environment, MakeEnvironment(MakeEnvironmentOptions(experiment)));
+  ASSIGN_OR_RETURN(std::unique_ptr<Environment> environment,
+                   MakeEnvironment(ToEnvironmentOptions(experiment.environment())));
   EpisodeFilmOptions options;
   options.seed = DeriveSeed(static_cast<uint64_t>(experiment.seed()), "film");
   ASSIGN_OR_RETURN(const std::string film, FilmEpisode(*loaded.model, *planner, *environment, options));
@@ -173,7 +175,7 @@ void PrintSummary(const RunTotals& totals, const Learner::Progress& progress, co
 }
 
 absl::Status Run(const Flags& flags) {
-  SetTorchThreads(flags.threads);
+  SetTorchThreads(1);
   ASSIGN_OR_RETURN(const Plan plan, MakePlan(flags));
   RETURN_IF_ERROR(MakeDirectory(plan.run_dir));
   TrainingRun::Options options;
@@ -182,6 +184,7 @@ absl::Status Run(const Flags& flags) {
   options.store = flags.store.empty() ? absl::StrCat("file:", plan.run_dir, "/replay") : flags.store;
   options.metrics_listen = flags.metrics_listen;
   options.device = flags.device;
+  options.threads = flags.threads > 0 ? flags.threads : AvailableCpus();
   options.resume = flags.resume;
   ASSIGN_OR_RETURN(std::unique_ptr<TrainingRun> run, TrainingRun::Create(std::move(options)));
   RETURN_IF_ERROR(WriteFileAtomically(plan.run_dir + "/config.textproto", ToText(plan.experiment)));
@@ -218,7 +221,7 @@ void AddTrainCommand(CLI::App& app, Command& command) {
                                              "(default: file:RUN_DIR/replay)");
   train->add_option("--metrics_listen", flags->metrics_listen, "HOST:PORT for /metrics (default: none)");
   train->add_option("--device", flags->device, "cpu, cuda or cuda:N")->capture_default_str();
-  AddThreadsFlag(*train, flags->threads);
+  AddThreadsFlag(*train, flags->threads, "Threads that share an update");
   train->callback([&command, flags] { command = [flags] { return Run(*flags); }; });
 }
 

@@ -136,9 +136,32 @@ TEST(Train, SavesAndEndsCleanlyOnSigterm) {
   EXPECT_FALSE(std::filesystem::is_empty(run + "/checkpoints"));
 }
 
+TEST(Bench, PrintsOneObjectPerLine) {
+  const std::string sizes = " --json --repeats=1 --warm_up=0 --threads=2 --set model.deterministic_size=8"
+                            " --set model.modalities[0].image.depth=1 --set learning.batch_size=3"
+                            " --set learning.sequence_length=4 --set planner.cem.candidates=20 --set planner.cem.elites=2";
+  const Outcome update = Orrery("bench learner" + sizes);
+  ASSERT_EQ(update.code, 0) << update.output;
+  const auto learner = nlohmann::json::parse(update.output);
+  EXPECT_EQ(learner["what"], "update");
+  EXPECT_EQ(learner["batch"], 3);
+  EXPECT_EQ(learner["length"], 4);
+  EXPECT_GT(learner["seconds"], 0);
+  const Outcome plans = Orrery("bench planner --batch=1,3 --precision=bfloat16" + sizes);
+  ASSERT_EQ(plans.code, 0) << plans.output;
+  std::vector<int> batches;
+  for (const absl::string_view line : absl::StrSplit(plans.output, '\n', absl::SkipEmpty())) {
+    const auto plan = nlohmann::json::parse(line);
+    EXPECT_EQ(plan["what"], "plan");
+    EXPECT_EQ(plan["precision"], "bfloat16");
+    batches.push_back(plan["batch"]);
+  }
+  EXPECT_EQ(batches, (std::vector<int>{1, 3}));
+}
+
 TEST(CommandLine, WrongOnesExitWithTwo) {
   for (const char* arguments : {"", "trian", "train --confg=x", "eval --algorithm=magic", "inspect", "inspect rolout",
-                                "eval --episodes=0", "train --threads=-1"}) {
+                                "eval --episodes=0", "train --threads=-1", "bench", "bench planner --batch=0"}) {
     const Outcome outcome = Orrery(arguments);
     EXPECT_EQ(outcome.code, 2) << arguments;
     EXPECT_THAT(outcome.output, testing::StartsWith("orrery: error: "));

@@ -56,6 +56,7 @@ absl::Status TrainingRun::MakeLearner(std::shared_ptr<grpc::Channel> channel) {
   ASSIGN_OR_RETURN(learner.device, CatchExceptions("--device", [&]() -> absl::StatusOr<torch::Device> {
                      return torch::Device(options_.device);
                    }));
+  learner.threads = options_.threads;
   learner.replay = std::make_shared<ReplayClient>(channel, experiment.name());
   learner.watcher = ChunkWatcher::Create(channel, experiment.name());
   learner.publisher = &publisher_;

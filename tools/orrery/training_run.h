@@ -34,6 +34,7 @@ class TrainingRun {
     std::string store;                  // "file:FOLDER", "memory:", "redis://…"
     std::string metrics_listen;         // empty: none
     std::string device = "cpu";
+    int threads = 1;  // that share an update
     bool resume = false;
   };
   static absl::StatusOr<std::unique_ptr<TrainingRun>> Create(Options options);
