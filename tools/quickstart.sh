@@ -28,18 +28,20 @@ ORRERY_PRESET=release tools/build.sh --target orrery
 orrery=build/bin/orrery
 
 echo "quickstart: training for $seconds seconds in $run_dir (Ctrl-C saves and ends)"
-# One thread each for learning and for playing, which go on at the same time.
-"$orrery" train --config=configs/quickstart.textproto --threads=1 --set="seed=$seed" --set="learning.max_seconds=$seconds" \
+"$orrery" train --config=configs/quickstart.textproto --set="seed=$seed" --set="learning.max_seconds=$seconds" \
   --run_dir="$run_dir"
 
-# Means of the returns of the same 5 episodes.
-mean() { "$orrery" eval --episodes=5 --seed=1000 --json "$@" | sed -n 's/.*"mean":\([-0-9.e+]*\).*/\1/p'; }
-echo "quickstart: evaluating on 5 fixed seeds"
-random=$(mean --config="$run_dir/config.textproto" --algorithm=random)
+# Means of the returns of the same 5 episodes, of the Control Suite's full length.
+mean() {
+  "$orrery" eval --config="$run_dir/config.textproto" --set=environment.time_limit=1000 --episodes=5 --seed=1000 --json "$@" |
+    sed -n 's/.*"mean":\([-0-9.e+]*\).*/\1/p'
+}
+echo "quickstart: evaluating on 5 fixed seeds, 1000 steps each"
+random=$(mean --algorithm=random)
 agent=$(mean --snapshot="$run_dir/snapshots/latest.safetensors")
 
 echo
-echo "Learning curve: return of the collected episodes (with exploration noise), by environment steps"
+echo "Learning curve: return of the collected episodes (with exploration noise, cut after 320 steps), by environment steps"
 awk -F, '
   NR > 1 && $2 != "evaluate" { n++; steps[n] = $7; value[n] = $6; if ($6 > top) top = $6 }
   END {
