@@ -6,7 +6,6 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <map>
 #include <utility>
 
@@ -190,16 +189,6 @@ absl::StatusOr<SlotOutput> MakeOutput(const ServedModel& served, const LatentSta
   return out;
 }
 
-// Slots computed by the same tensor operations. A GPU takes all. On a CPU, what a thread works on should stay in its
-// cache: eight agents with 300 plans each took 1.3 times as long together as one by one; below that, fewer and larger
-// operations win.
-size_t SlotsPerPass(const ServedModel& served, torch::Device device) {
-  constexpr int64_t kPlansPerThread = 512;
-  if (!device.is_cpu() || served.info.planner.has_random()) return std::numeric_limits<size_t>::max();
-  const int64_t plans = kPlansPerThread * torch::get_num_threads();
-  return static_cast<size_t>(std::max<int64_t>(1, plans / served.info.planner.cem().candidates()));
-}
-
 torch::Tensor ToHost(const torch::Tensor& tensor) { return tensor.to(torch::kCPU, torch::kFloat32).contiguous(); }
 
 }  // namespace
@@ -231,34 +220,26 @@ InferenceEngine::InferenceEngine(torch::Device device, std::shared_ptr<prometheu
       non_finite_plans_(AddCounter(*registry_, "planner_non_finite_plans_total",
                                    "Plans whose predicted return was not finite.")) {}
 
-absl::Status InferenceEngine::RunPass(const ServedModel& served, absl::Span<const SlotInput* const> slots,
-                                      Outputs& outputs) const {
-  const WorldModel& model = *served.model;
-  ASSIGN_OR_RETURN(BatchTensors batch, MakeTensors(served, slots, device_, belief_lag_));
-  LatentState state;
-  state.deter = model.Transition(batch.belief, batch.action);
-  const Gaussian posterior = model.Posterior(state.deter, model.Encode(batch.observations));
-  state.stoch = posterior.mean + posterior.std * batch.noise;
-  ASSIGN_OR_RETURN(PlanResult plan, served.planner->Plan(model, state, batch.plan_seeds));
-  non_finite_plans_.Increment(static_cast<double>(plan.non_finite_plans));
-  plan.action = ToHost(plan.action);
-  plan.predicted_return = ToHost(plan.predicted_return);
-  const LatentState host{ToHost(state.deter), ToHost(state.stoch)};
-  for (size_t i = 0; i < slots.size(); ++i) {
-    outputs.push_back(MakeOutput(served, host, plan, static_cast<int64_t>(i), *slots[i], batch.generators[i]));
-  }
-  return absl::OkStatus();
-}
-
 absl::StatusOr<Outputs> InferenceEngine::Run(const ServedModel& served, absl::Span<const SlotInput* const> slots) const {
   return CatchExceptions("inference", [&]() -> absl::StatusOr<Outputs> {
     const auto begin = std::chrono::steady_clock::now();
     c10::InferenceMode inference;
+    const WorldModel& model = *served.model;
+    ASSIGN_OR_RETURN(BatchTensors batch, MakeTensors(served, slots, device_, belief_lag_));
+    LatentState state;
+    state.deter = model.Transition(batch.belief, batch.action);
+    const Gaussian posterior = model.Posterior(state.deter, model.Encode(batch.observations));
+    state.stoch = posterior.mean + posterior.std * batch.noise;
+    ASSIGN_OR_RETURN(PlanResult plan, served.planner->Plan(model, state, batch.plan_seeds));
+    non_finite_plans_.Increment(static_cast<double>(plan.non_finite_plans));
+    plan.action = ToHost(plan.action);
+    plan.predicted_return = ToHost(plan.predicted_return);
+    const LatentState host{ToHost(state.deter), ToHost(state.stoch)};
     Outputs outputs;
     outputs.reserve(slots.size());
-    const size_t together = SlotsPerPass(served, device_);
-    for (size_t first = 0; first < slots.size(); first += std::min(together, slots.size() - first)) {
-      RETURN_IF_ERROR(RunPass(served, slots.subspan(first, together), outputs));
+    for (size_t i = 0; i < slots.size(); ++i) {
+      outputs.push_back(
+          MakeOutput(served, host, plan, static_cast<int64_t>(i), *slots[i], batch.generators[i]));
     }
     compute_seconds_.Observe(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
     return outputs;

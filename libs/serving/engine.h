@@ -44,8 +44,8 @@ class InferenceEngine {
   // `registry` is required.
   InferenceEngine(torch::Device device, std::shared_ptr<prometheus::Registry> registry);
 
-  // The slots must have passed CheckSlot. They are computed together, as far as that is faster; everything random in slot
-  // i comes from its own seed, so its answer does not depend on its company. A slot whose numbers overflow gets an INVALID_ARGUMENT of its own.
+  // The slots must have passed CheckSlot. All are computed together; everything random in slot i comes from its own seed,
+  // so its answer does not depend on its company. A slot whose numbers overflow gets an INVALID_ARGUMENT of its own.
   // INTERNAL: nothing could be computed.
   absl::StatusOr<std::vector<absl::StatusOr<SlotOutput>>> Run(const ServedModel& served,
                                                               absl::Span<const SlotInput* const> slots) const;
@@ -53,10 +53,6 @@ class InferenceEngine {
   absl::Status WarmUp(const ServedModel& served) const;
 
  private:
-  // Appends one output per slot.
-  absl::Status RunPass(const ServedModel& served, absl::Span<const SlotInput* const> slots,
-                       std::vector<absl::StatusOr<SlotOutput>>& outputs) const;
-
   const torch::Device device_;
   const std::shared_ptr<prometheus::Registry> registry_;
   prometheus::Histogram& compute_seconds_;
