@@ -16,4 +16,7 @@ std::optional<double> CgroupCpuLimit(const std::string& root, absl::string_view 
 // is less. A container that gets two of 64 processors runs two threads, not 64.
 int AvailableCpus();
 
+// What a flag --threads means: so many, or with 0 as many as AvailableCpus.
+inline int ThreadsOf(int flag) { return flag > 0 ? flag : AvailableCpus(); }
+
 }  // namespace orrery

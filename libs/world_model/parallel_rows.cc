@@ -34,7 +34,8 @@ struct Slices : torch::CustomClassHolder {
 
 class ParallelRowsFunction : public torch::autograd::Function<ParallelRowsFunction> {
  public:
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, at::ArrayRef<Tensor> parameters, RowWorkers* workers, const RowFunction* f);
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, at::ArrayRef<Tensor> parameters,
+                        RowWorkers* workers, const RowFunction* f);
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients);
 };
 

@@ -67,6 +67,15 @@ std::vector<bool> RowsWithReset(const Tensor& first) {
   return rows;
 }
 
+RolloutActivation ToRollout(Activation activation) {
+  switch (activation) {
+    case config::v1::Model::ELU: return RolloutActivation::kElu;
+    case config::v1::Model::TANH: return RolloutActivation::kTanh;
+    case config::v1::Model::SILU: return RolloutActivation::kSilu;
+    default: return RolloutActivation::kRelu;
+  }
+}
+
 // Adds `tensor` to `root` under a dotted name, making the modules on the way.
 void Register(torch::nn::Module& root, const std::string& name, const Tensor& tensor) {
   torch::nn::Module* module = &root;
@@ -227,15 +236,6 @@ Tensor WorldModel::Impl::RewardOf(const Tensor& feature) const {
   Tensor y = feature;
   for (const Layer& l : reward) y = Activate(activation, l(y));
   return reward_out(y).squeeze(-1);
-}
-
-RolloutActivation ToRollout(Activation activation) {
-  switch (activation) {
-    case config::v1::Model::ELU: return RolloutActivation::kElu;
-    case config::v1::Model::TANH: return RolloutActivation::kTanh;
-    case config::v1::Model::SILU: return RolloutActivation::kSilu;
-    default: return RolloutActivation::kRelu;
-  }
 }
 
 std::unique_ptr<PackedModel> WorldModel::Impl::Pack(const RolloutKernel& kernel) const {

@@ -121,7 +121,7 @@ absl::Status Serve(const LearnerFlags& flags) {
   ASSIGN_OR_RETURN(options.experiment, CompleteExperiment(loaded));
   LogInfo("configuration\n{}", ToText(options.experiment));
   ASSIGN_OR_RETURN(options.device, ParseDevice(flags.device));
-  options.threads = flags.threads > 0 ? flags.threads : AvailableCpus();
+  options.threads = ThreadsOf(flags.threads);
   ASSIGN_OR_RETURN(const std::shared_ptr<grpc::Channel> replay, MakeChannel(flags.replay));
 
   HostOptions host_options = MakeHostOptions(kDefaults, flags.common);

@@ -69,7 +69,7 @@ absl::StatusOr<std::unique_ptr<SnapshotSubscriber>> MakeSubscriber(const Planner
 }
 
 absl::Status Serve(const PlannerFlags& flags) {
-  const int threads = flags.threads > 0 ? flags.threads : AvailableCpus();
+  const int threads = ThreadsOf(flags.threads);
   torch::set_num_threads(1);
   torch::set_num_interop_threads(1);
 

@@ -99,7 +99,7 @@ StoredBatch RandomBatch(const config::v1::Experiment& experiment) {
 
 absl::Status BenchLearner(Flags flags) {
   SetTorchThreads(1);
-  if (flags.threads == 0) flags.threads = AvailableCpus();
+  flags.threads = ThreadsOf(flags.threads);
   ASSIGN_OR_RETURN(const config::v1::Experiment experiment, Experiment(flags));
   ASSIGN_OR_RETURN(const torch::Device device, ParseDevice(flags.device));
   ASSIGN_OR_RETURN(const std::unique_ptr<Trainer> trainer,
@@ -114,7 +114,7 @@ absl::Status BenchLearner(Flags flags) {
 }
 
 absl::Status BenchPlanner(Flags flags) {
-  if (flags.threads == 0) flags.threads = AvailableCpus();
+  flags.threads = ThreadsOf(flags.threads);
   SetTorchThreads(1);
   ASSIGN_OR_RETURN(const config::v1::Experiment experiment, Experiment(flags));
   ASSIGN_OR_RETURN(const torch::Device device, ParseDevice(flags.device));

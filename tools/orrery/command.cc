@@ -16,7 +16,7 @@ void AddThreadsFlag(CLI::App& command, int& threads, const std::string& what) {
 }
 
 void SetTorchThreads(int threads) {
-  at::set_num_threads(threads > 0 ? threads : AvailableCpus());
+  at::set_num_threads(ThreadsOf(threads));
   at::set_num_interop_threads(1);
 }
 

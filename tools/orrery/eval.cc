@@ -166,7 +166,7 @@ absl::Status Run(const Flags& flags) {
     if (!flags.config.empty()) planner = experiment->planner();
     ASSIGN_OR_RETURN(local, LocalPlanner::Create(flags.snapshot, planner,
                                                  experiment.value_or(config::v1::Experiment()).planner_service().precision(),
-                                                 flags.threads > 0 ? flags.threads : AvailableCpus()));
+                                                 ThreadsOf(flags.threads)));
     channel = local->Channel();
   } else if (!random) {
     ASSIGN_OR_RETURN(channel, MakeChannel(flags.planner));

@@ -184,7 +184,7 @@ absl::Status Run(const Flags& flags) {
   options.store = flags.store.empty() ? absl::StrCat("file:", plan.run_dir, "/replay") : flags.store;
   options.metrics_listen = flags.metrics_listen;
   options.device = flags.device;
-  options.threads = flags.threads > 0 ? flags.threads : AvailableCpus();
+  options.threads = ThreadsOf(flags.threads);
   options.resume = flags.resume;
   ASSIGN_OR_RETURN(std::unique_ptr<TrainingRun> run, TrainingRun::Create(std::move(options)));
   RETURN_IF_ERROR(WriteFileAtomically(plan.run_dir + "/config.textproto", ToText(plan.experiment)));
