@@ -73,6 +73,8 @@ constexpr Range kRanges[] = {
     {"Collection.environments", 1, 1024},
     {"Collection.max_unacknowledged_bytes", kMiB},
     {"Collection.lease_seconds", 1, 86400},
+    {"EarlyEnd.reward_below", -kNoLimit},
+    {"EarlyEnd.failed_rows", 1, 1000000},
     {"Evaluation.every_episodes", 0},
     {"Evaluation.episodes", 1, 1000},
     {"Limiter.updates_per_row", 0, kNoLimit, true},
@@ -103,6 +105,7 @@ constexpr Range kRanges[] = {
 
 std::string Text(const Range& range) {
   const auto number = [](double value) { return absl::StrCat(static_cast<int64_t>(value)); };
+  if (range.min == -kNoLimit) return "a finite number";
   if (range.max != kNoLimit) return absl::StrCat(number(range.min), " to ", number(range.max));
   return absl::StrCat(range.above ? "above " : "at least ", number(range.min));
 }

@@ -256,6 +256,7 @@ absl::Status Actor::Begin(Player& player, const ReplayClient::Episode& episode) 
   player.previous_action.clear();
   player.decisions = 0;
   player.episode_return = 0;
+  player.failed_rows = 0;
   player.rows.clear();
   player.actions.clear();
   player.first_row = 0;
@@ -372,7 +373,8 @@ absl::Status Actor::Advance(Player& player, Decision decision) {
   player.version = std::max(player.version, decision.version);
   player.previous_action = decision.action;
   const bool terminal = next.is_terminal;
-  const bool last = next.is_last || terminal;
+  const bool failed = HasFailed(player, next.reward);
+  const bool last = next.is_last || terminal || failed;
   player.rows.push_back(std::move(next));
   player.actions.push_back(std::move(decision.action));
   if (!last) return absl::OkStatus();
@@ -380,6 +382,13 @@ absl::Status Actor::Advance(Player& player, Decision decision) {
   // The next episode of ALTERNATE depends on this one: everything must be in the store before it is asked for.
   if (alternate_) FlushBefore(absl::InfiniteFuture());
   return absl::OkStatus();
+}
+
+bool Actor::HasFailed(Player& player, double reward) const {
+  const config::v1::Collection& collection = options_.experiment.collection();
+  if (!collection.has_early_end() || player.assignment.mode == EpisodeMode::kEvaluate) return false;
+  if (reward < collection.early_end().reward_below()) player.failed_rows += 1;
+  return player.failed_rows >= collection.early_end().failed_rows();
 }
 
 absl::Status Actor::SendRows(Player& player, EpisodeEnd end) {

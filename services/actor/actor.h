@@ -90,6 +90,7 @@ class Actor {
     std::vector<float> previous_action;  // empty: row 0
     int64_t decisions = 0;
     double episode_return = 0;
+    int failed_rows = 0;       // as Collection.early_end counts
     // Rows not yet sent; the last one is acted on. At least one while running, so that an end can always be told.
     std::vector<TimeStep> rows;
     std::vector<std::vector<float>> actions;  // that led to each row
@@ -115,6 +116,8 @@ class Actor {
   // False: no answer now, try again later.
   absl::StatusOr<bool> Act(const std::vector<Player*>& planned, planner::v1::ActResponse& response);
   absl::Status Advance(Player& player, Decision decision);
+  // Whether collection.early_end cuts the episode with this row's reward.
+  bool HasFailed(Player& player, double reward) const;
   // Encodes and queues the rows; drops the episode when replay refuses it.
   absl::Status SendRows(Player& player, EpisodeEnd end);
   absl::Status End(Player& player, EpisodeEnd end);

@@ -295,6 +295,28 @@ TEST_F(ActorTest, StoresTheTerminalRow) {
   for (int row = 0; row < 8; ++row) EXPECT_EQ(all.at(kIsTerminal).as<uint8_t>()[row], row == 7);
 }
 
+TEST_F(ActorTest, EndsCollectedEpisodesThatHaveFailed) {
+  // The reward of row i is i: rows 1, 2 and 3 fail.
+  experiment_.mutable_collection()->mutable_early_end()->set_reward_below(4);
+  experiment_.mutable_collection()->mutable_early_end()->set_failed_rows(3);
+  replay_.Assign({{1, replay::v1::RANDOM, 1}, {2, replay::v1::TRAIN, 1}, {3, replay::v1::EVALUATE, 1}});
+  ASSERT_OK(MakeActor()->Run());
+  EXPECT_EQ(Rows(1).at(kReward).size(), 4);
+  EXPECT_EQ(Rows(2).at(kReward).size(), 4) << "counted anew in every episode";
+  EXPECT_EQ(Rows(3).at(kReward).size(), 10) << "evaluations are never cut";
+  EXPECT_EQ(replay_.chunks()[0].end(), replay::v1::TRUNCATED);
+  ASSERT_EQ(summaries_.size(), 3u);
+  EXPECT_EQ(summaries_[0].end, EpisodeEnd::kTruncated);
+}
+
+TEST_F(ActorTest, PlaysOnWithFewerFailedRows) {
+  experiment_.mutable_collection()->mutable_early_end()->set_reward_below(4);
+  experiment_.mutable_collection()->mutable_early_end()->set_failed_rows(4);
+  replay_.Assign({{1, replay::v1::RANDOM, 1}});
+  ASSERT_OK(MakeActor()->Run());
+  EXPECT_EQ(Rows(1).at(kReward).size(), 10) << "three rows have failed";
+}
+
 TEST_F(ActorTest, ReportsTheEpisode) {
   replay_.Assign({{5, replay::v1::EVALUATE, 1}});
   ASSERT_OK(MakeActor()->Run());
