@@ -31,17 +31,17 @@ echo "quickstart: training for $seconds seconds in $run_dir (Ctrl-C saves and en
 "$orrery" train --config=configs/quickstart.textproto --set="seed=$seed" --set="learning.max_seconds=$seconds" \
   --run_dir="$run_dir"
 
-# Means of the returns of the same 5 episodes, of the Control Suite's full length.
+# Means of the returns of the same 5 episodes.
 mean() {
-  "$orrery" eval --config="$run_dir/config.textproto" --set=environment.time_limit=1000 --episodes=5 --seed=1000 --json "$@" |
+  "$orrery" eval --config="$run_dir/config.textproto" --episodes=5 --seed=1000 --json "$@" |
     sed -n 's/.*"mean":\([-0-9.e+]*\).*/\1/p'
 }
-echo "quickstart: evaluating on 5 fixed seeds, 1000 steps each"
+echo "quickstart: evaluating on 5 fixed seeds"
 random=$(mean --algorithm=random)
 agent=$(mean --snapshot="$run_dir/snapshots/latest.safetensors")
 
 echo
-echo "Learning curve: return of the collected episodes (with exploration noise, cut after 320 steps), by environment steps"
+echo "Learning curve: return of the collected episodes (with exploration noise), by environment steps"
 awk -F, '
   NR > 1 && $2 != "evaluate" { n++; steps[n] = $7; value[n] = $6; if ($6 > top) top = $6 }
   END {
