@@ -74,7 +74,7 @@ TEST(Parse, ErrorsNameLineAndColumn) {
   EXPECT_THAT(ParseExperiment("learning {"), Refuses("line 1"));
   EXPECT_THAT(ParseExperiment("seed: 1 seed: 2"), Refuses("seed"));
   EXPECT_THAT(ParseModel("action { continuous { size: 1 } discrete { size: 2 } }"), Refuses("discrete"));
-  EXPECT_THAT(ParsePlanner("mppi {}"), Refuses("mppi"));
+  EXPECT_THAT(ParsePlanner("newton {}"), Refuses("newton"));
 }
 
 TEST(Parse, TextParsesBackToTheSame) {
@@ -202,6 +202,7 @@ TEST(Validate, EveryNumberHasARangeAndEveryEnumRefusesUnspecified) {
     const auto& reflection = *message.GetReflection();
     switch (field->cpp_type()) {
       case FieldDescriptor::CPPTYPE_STRING:
+      case FieldDescriptor::CPPTYPE_BOOL:
         return;
       case FieldDescriptor::CPPTYPE_ENUM:
         reflection.SetEnumValue(&message, field, 0);
@@ -255,6 +256,19 @@ TEST(Validate, BoundsAreAsDocumented) {
       {"model.action.discrete.size", "2", "1"},
       {"model.modalities[0].image.bits", "8", "9"},
       {"model.modalities[1].vector.layers", "0", "17"},
+      {"planner.cem.momentum", "0.5", "1.5"},
+      {"planner.cem.discount", "0", "1.5"},
+      {"planner.cem.early_stop_std", "0.5", "-1"},
+      {"planner.icem.noise_beta", "10", "11"},
+      {"planner.icem.candidates_decay", "1", "0.5"},
+      {"planner.icem.kept_elites", "1", "1.5"},
+      {"planner.icem.initial_std", "0.25", "0"},
+      {"planner.mppi.temperature", "10", "0"},
+      {"planner.mppi.min_std", "0", "-1"},
+      {"planner.genetic.population", "2", "1"},
+      {"planner.genetic.simulations", "1000", "1001"},
+      {"planner.genetic.mutation_probability", "1", "1.5"},
+      {"planner.random_shooting.candidates", "65536", "65537"},
       {"planner_service.max_delay_micros", "0", "1000001"},
       {"evaluation.every_episodes", "0", "-1"},
   };
@@ -275,6 +289,12 @@ TEST(Validate, FieldsMustFitEachOther) {
       {"environment.task=", "environment.task: not set"},
       {"planner.cem.elites=201", "planner.cem.elites: 201 is out of range, expected 1 to the candidates, 200"},
       {"planner.cem={candidates: 99}", "planner.cem.elites: 100"},
+      {"planner.cem.momentum=1", "planner.cem.momentum: 1 is out of range, expected below 1"},
+      {"planner.icem.elites=41", "planner.icem.elites: 41 is out of range, expected 1 to the candidates, 40"},
+      {"planner.icem.momentum=1", "planner.icem.momentum: 1 is out of range, expected below 1"},
+      {"planner.mppi.elites=513", "planner.mppi.elites: 513 is out of range, expected 1 to the candidates, 512"},
+      {"planner.mppi.proposals=513", "planner.mppi.proposals: 513 is out of range, expected 0 to the candidates, 512"},
+      {"planner.mppi.min_std=3", "planner.mppi.min_std: 3 is out of range, expected 0 to max_std, 2"},
       {"planner_service.max_queue=15", "planner_service.max_queue: 15 is out of range, expected at least max_batch, 16"},
       {"model.action={}", "model.action: not set"},
       {"model.action.discrete={}", "model.action: not set"},
@@ -286,6 +306,10 @@ TEST(Validate, FieldsMustFitEachOther) {
       {"model.modalities[1].name=is_first", "model.modalities[1].name: \"is_first\""},
       {"model.modalities[1].vector={}", "model.modalities[1].vector.size: not set"},
       {"model.modalities[2].name=touch", "model.modalities[2]: no kind is set"},
+      {"model={categorical {} posterior: POE}", "model.posterior: experts need a Gaussian state"},
+      {"model={categorical {} latent: RNN}", "model.latent: RNN has no samples"},
+      {"model.reward={output: TWO_HOT transform: TANH}", "model.reward.transform: TWO_HOT"},
+      {"model.reward={output: TWO_HOT variance: SHARED}", "model.reward.variance: TWO_HOT"},
   };
   for (const auto& [assignment, message] : cases) {
     config::v1::Experiment experiment = Experiment();

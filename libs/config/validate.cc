@@ -24,6 +24,7 @@ using google::protobuf::Message;
 constexpr double kNoLimit = std::numeric_limits<double>::infinity();
 constexpr double kMiB = 1 << 20;
 constexpr size_t kMaxNameLength = 64;
+constexpr int kMostExperts = 8;  // 255 subsets
 
 // What the proto's comments state. `above`: the minimum itself is out of range.
 struct Range {
@@ -46,25 +47,80 @@ constexpr Range kRanges[] = {
     {"VectorModality.layers", 0, 16},
     {"VectorModality.hidden_size", 1, 8192},
     {"VectorModality.scale", 0},
+    {"VectorModality.decoder_layers", 0, 16},
+    {"VectorModality.decoder_hidden_size", 1, 8192},
     {"RewardHead.layers", 0, 16},
     {"RewardHead.hidden_size", 1, 8192},
+    {"ContinueHead.layers", 0, 16},
+    {"ContinueHead.hidden_size", 1, 8192},
+    {"Categorical.groups", 1, 256},
+    {"Categorical.classes", 2, 256},
+    {"Categorical.uniform_mix", 0, 0.5},
+    {"DistanceWeight.weight", 0},
+    {"ObservationOvershooting.distance", 0, 64},
+    {"ObservationOvershooting.scale", 0},
     {"Overshooting.distance", 0, 64},
     {"Overshooting.scale", 0},
     {"Overshooting.free_nats", 0},
     {"KlBalance.dynamics", 0},
     {"KlBalance.representation", 0},
+    {"Behavior.horizon", 1, 256},
+    {"Behavior.discount", 0, 1},
+    {"Behavior.lambda", 0, 1},
+    {"Behavior.actor_layers", 0, 16},
+    {"Behavior.actor_hidden_size", 1, 8192},
+    {"Behavior.value_layers", 0, 16},
+    {"Behavior.value_hidden_size", 1, 8192},
+    {"Behavior.init_std", 0, kNoLimit, true},
+    {"Behavior.entropy_scale", 0},
     {"Objective.free_nats", 0},
     {"Objective.reward_scale", 0},
     {"Objective.kl_scale", 0},
+    {"Objective.global_prior_scale", 0},
+    {"Objective.continue_scale", 0},
     {"Model.deterministic_size", 1, 8192},
     {"Model.stochastic_size", 1, 4096},
     {"Model.hidden_size", 1, 8192},
     {"Model.min_std", 0, kNoLimit, true},
+    {"Model.modality_dropout", 0, 0.99},
     {"Cem.horizon", 1, 256},
     {"Cem.iterations", 1, 256},
     {"Cem.candidates", 1, 65536},
     {"Cem.elites", 1, 65536},
     {"Cem.std_floor", 0},
+    {"Cem.momentum", 0, 1},
+    {"Cem.proposals", 0, 65536},
+    {"Cem.discount", 0, 1},
+    {"Cem.early_stop_std", 0},
+    {"Icem.horizon", 1, 256},
+    {"Icem.iterations", 1, 256},
+    {"Icem.candidates", 1, 65536},
+    {"Icem.elites", 1, 65536},
+    {"Icem.noise_beta", 0, 10},
+    {"Icem.candidates_decay", 1},
+    {"Icem.kept_elites", 0, 1},
+    {"Icem.momentum", 0, 1},
+    {"Icem.initial_std", 0, kNoLimit, true},
+    {"Icem.discount", 0, 1},
+    {"Mppi.horizon", 1, 256},
+    {"Mppi.iterations", 1, 256},
+    {"Mppi.candidates", 1, 65536},
+    {"Mppi.elites", 1, 65536},
+    {"Mppi.temperature", 0, kNoLimit, true},
+    {"Mppi.min_std", 0},
+    {"Mppi.max_std", 0, kNoLimit, true},
+    {"Mppi.discount", 0, 1},
+    {"Mppi.proposals", 0, 65536},
+    {"Genetic.horizon", 1, 256},
+    {"Genetic.generations", 1, 256},
+    {"Genetic.population", 2, 4096},
+    {"Genetic.simulations", 1, 1000},
+    {"Genetic.mutation_probability", 0, 1},
+    {"Genetic.mutation_std", 0},
+    {"Genetic.discount", 0, 1},
+    {"RandomShooting.horizon", 1, 256},
+    {"RandomShooting.candidates", 1, 65536},
+    {"RandomShooting.discount", 0, 1},
     {"Environment.action_repeat", 1, 64},
     {"Environment.image_size", 32, 64},
     {"Environment.time_limit", 1, 1000000},
@@ -97,6 +153,8 @@ constexpr Range kRanges[] = {
     {"Learning.checkpoint_every_updates", 1},
     {"Learning.keep_checkpoints", 1, 1000},
     {"Learning.mirror_bytes", kMiB},
+    {"Learning.actor_learning_rate", 0, kNoLimit, true},
+    {"Learning.value_learning_rate", 0, kNoLimit, true},
     {"PlannerService.max_batch", 1, 1024},
     {"PlannerService.max_delay_micros", 0, 1000000},
     {"PlannerService.max_queue", 1},
@@ -104,7 +162,9 @@ constexpr Range kRanges[] = {
 };
 
 std::string Text(const Range& range) {
-  const auto number = [](double value) { return absl::StrCat(static_cast<int64_t>(value)); };
+  const auto number = [](double value) {
+    return value == std::floor(value) ? absl::StrCat(static_cast<int64_t>(value)) : absl::StrCat(value);
+  };
   if (range.min == -kNoLimit) return "a finite number";
   if (range.max != kNoLimit) return absl::StrCat(number(range.min), " to ", number(range.max));
   return absl::StrCat(range.above ? "above " : "at least ", number(range.min));
@@ -167,7 +227,8 @@ absl::Status CheckFields(const Message& message, const std::string& prefix) {
       RETURN_IF_ERROR(CheckFields(reflection.GetMessage(message, field), absl::StrCat(path, ".")));
     } else if (field->cpp_type() == FieldDescriptor::CPPTYPE_ENUM) {
       RETURN_IF_ERROR(CheckEnum(message, field, path));
-    } else if (field->cpp_type() != FieldDescriptor::CPPTYPE_STRING) {
+    } else if (field->cpp_type() != FieldDescriptor::CPPTYPE_STRING &&
+               field->cpp_type() != FieldDescriptor::CPPTYPE_BOOL) {
       RETURN_IF_ERROR(CheckNumber(message, field, path));
     }
   }
@@ -215,7 +276,27 @@ absl::Status CheckAction(const config::v1::Action& action, const std::string& pa
   return Refused(path, "not set, expected continuous { size } or discrete { size }");
 }
 
+// Features that exclude each other.
+absl::Status CheckFeatures(const config::v1::Model& model, const std::string& prefix) {
+  using config::v1::Model;
+  const bool experts = model.posterior() != Model::JOINT;
+  if (model.has_categorical() && experts)
+    return Refused(prefix + "posterior", "experts need a Gaussian state, expected JOINT with categorical");
+  if (model.has_categorical() && model.latent() == Model::RNN)
+    return Refused(prefix + "latent", "RNN has no samples, expected RSSM or SSM with categorical");
+  if (experts && model.modalities_size() > kMostExperts)
+    return Refused(prefix + "modalities", absl::StrCat(model.modalities_size(), " are too many for experts, expected at most ",
+                                                       kMostExperts));
+  if (model.reward().output() != config::v1::RewardHead::TWO_HOT) return absl::OkStatus();
+  if (model.reward().transform() != config::v1::RewardHead::NONE)
+    return Refused(prefix + "reward.transform", "TWO_HOT bins are those of the reward itself, expected NONE");
+  if (model.reward().variance() != config::v1::UNIT)
+    return Refused(prefix + "reward.variance", "TWO_HOT has no deviation, expected UNIT");
+  return absl::OkStatus();
+}
+
 absl::Status CheckModel(const config::v1::Model& model, bool complete, const std::string& prefix) {
+  RETURN_IF_ERROR(CheckFeatures(model, prefix));
   if (complete || model.has_action()) RETURN_IF_ERROR(CheckAction(model.action(), prefix + "action"));
   if (complete && model.modalities().empty()) return Refused(prefix + "modalities", "empty, expected at least one");
   std::set<std::string> names;
@@ -229,11 +310,35 @@ absl::Status CheckModel(const config::v1::Model& model, bool complete, const std
   return absl::OkStatus();
 }
 
+absl::Status CheckElites(int elites, int candidates, const std::string& path) {
+  if (elites <= candidates) return absl::OkStatus();
+  return Refused(path, absl::StrCat(elites, " is out of range, expected 1 to the candidates, ", candidates));
+}
+
+absl::Status CheckProposals(int proposals, int candidates, const std::string& path) {
+  if (proposals <= candidates) return absl::OkStatus();
+  return Refused(path, absl::StrCat(proposals, " is out of range, expected 0 to the candidates, ", candidates));
+}
+
+absl::Status CheckMomentum(float momentum, const std::string& path) {
+  if (momentum < 1) return absl::OkStatus();
+  return Refused(path, absl::StrCat(momentum, " is out of range, expected below 1"));
+}
+
 absl::Status CheckPlanner(const config::v1::Planner& planner, const std::string& prefix) {
   const auto& cem = planner.cem();
-  if (cem.elites() <= cem.candidates()) return absl::OkStatus();
-  return Refused(prefix + "cem.elites", absl::StrCat(cem.elites(), " is out of range, expected 1 to the candidates, ",
-                                                     cem.candidates()));
+  const auto& icem = planner.icem();
+  const auto& mppi = planner.mppi();
+  RETURN_IF_ERROR(CheckElites(cem.elites(), cem.candidates(), prefix + "cem.elites"));
+  RETURN_IF_ERROR(CheckElites(icem.elites(), icem.candidates(), prefix + "icem.elites"));
+  RETURN_IF_ERROR(CheckElites(mppi.elites(), mppi.candidates(), prefix + "mppi.elites"));
+  RETURN_IF_ERROR(CheckProposals(cem.proposals(), cem.candidates(), prefix + "cem.proposals"));
+  RETURN_IF_ERROR(CheckProposals(mppi.proposals(), mppi.candidates(), prefix + "mppi.proposals"));
+  RETURN_IF_ERROR(CheckMomentum(cem.momentum(), prefix + "cem.momentum"));
+  RETURN_IF_ERROR(CheckMomentum(icem.momentum(), prefix + "icem.momentum"));
+  if (mppi.min_std() <= mppi.max_std()) return absl::OkStatus();
+  return Refused(prefix + "mppi.min_std",
+                 absl::StrCat(mppi.min_std(), " is out of range, expected 0 to max_std, ", mppi.max_std()));
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "libs/base/array.h"
@@ -46,6 +47,20 @@ struct TimeStep {
   bool is_last = false;      // the episode ended, by the task or by its time limit
 };
 
+// What would follow, tried out in a copy of an environment's state: no pictures, and the environment never notices. Not
+// thread-safe; several of one environment may be used on several threads at once, but not while a call on the environment
+// runs. The environment must outlive it.
+class Lookahead {
+ public:
+  virtual ~Lookahead() = default;
+  // Back to the environment's present state. FAILED_PRECONDITION unless an episode is running.
+  virtual absl::Status Restart() = 0;
+  // The reward that Environment::Step would give for the action, to the last bit; 0 after the end of the episode.
+  // INVALID_ARGUMENT for an action of the wrong size or not finite, OUT_OF_RANGE when the simulation became invalid,
+  // FAILED_PRECONDITION before the first Restart and after OUT_OF_RANGE.
+  virtual absl::StatusOr<double> Step(absl::Span<const float> action) = 0;
+};
+
 // One simulator. Not thread-safe; may move between threads while no call is running, except that rendering contexts are
 // handled inside. INVALID_ARGUMENT for an action of the wrong size or not finite, FAILED_PRECONDITION for a Step before
 // Reset or after is_last.
@@ -58,6 +73,10 @@ class Environment {
   virtual absl::StatusOr<TimeStep> Step(absl::Span<const float> action) = 0;
   // A picture [height, width, 3] uint8 of the present state, for people (films).
   virtual absl::StatusOr<Array> Render(int height, int width) = 0;
+  // For planners that know the true dynamics; needs no running episode. UNIMPLEMENTED where a task offers none.
+  virtual absl::StatusOr<std::unique_ptr<Lookahead>> MakeLookahead() const {
+    return absl::UnimplementedError("this environment cannot look ahead");
+  }
 };
 
 // How a task is made.

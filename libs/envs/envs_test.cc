@@ -293,6 +293,84 @@ TEST_P(TaskTest, MovesBetweenThreads) {
   EXPECT_EQ(Play(*Make(options), 3, 5), expected);
 }
 
+// Full force to one side, or anything.
+std::vector<float> PushThenRandom(int action_size, bool push, std::mt19937_64& random) {
+  std::vector<float> action(action_size, 1.0f);
+  if (push) return action;
+  for (float& number : action) number = static_cast<float>(random() % 2001) / 1000 - 1;
+  return action;
+}
+
+TEST_P(TaskTest, LookingAheadGivesTheRewardsOfPlaying) {
+  constexpr int kTimeLimit = 107, kPushed = 80;
+  for (const int repeat : {1, 8}) {
+    const EnvironmentOptions options = {
+        .task = GetParam(), .action_repeat = repeat, .image_size = 32, .time_limit = kTimeLimit};
+    auto environment = Make(options);
+    const int decisions = (kTimeLimit + repeat - 1) / repeat;
+    std::mt19937_64 random(repeat);
+    std::vector<std::vector<float>> actions;
+    for (int t = 0; t < decisions; ++t) {
+      actions.push_back(PushThenRandom(environment->spec().action.size, t * repeat < kPushed, random));
+    }
+    ASSERT_OK_AND_ASSIGN(auto lookahead, environment->MakeLookahead());
+    ASSERT_OK(environment->Reset(3));
+    std::vector<std::vector<double>> predicted(decisions);
+    std::vector<double> played;
+    for (int t = 0; t < decisions; ++t) {
+      // Another future first: nothing of it may stay.
+      ASSERT_OK(lookahead->Restart());
+      for (int i = 0; i < 3; ++i) ASSERT_OK(lookahead->Step(PushThenRandom(environment->spec().action.size, false, random)));
+      ASSERT_OK(lookahead->Restart());
+      for (int i = t; i < decisions; ++i) {
+        ASSERT_OK_AND_ASSIGN(const double reward, lookahead->Step(actions[i]));
+        predicted[t].push_back(reward);
+      }
+      ASSERT_OK_AND_ASSIGN(const double after_the_end, lookahead->Step(actions[0]));
+      EXPECT_EQ(after_the_end, 0);
+      ASSERT_OK_AND_ASSIGN(TimeStep step, environment->Step(actions[t]));
+      EXPECT_EQ(step.is_last, t == decisions - 1);
+      played.push_back(step.reward);
+    }
+    for (int t = 0; t < decisions; ++t) {
+      EXPECT_EQ(predicted[t], std::vector<double>(played.begin() + t, played.end())) << "repeat " << repeat << " from " << t;
+    }
+  }
+}
+
+TEST_P(TaskTest, LookingAheadDoesNotDisturbTheEnvironment) {
+  const EnvironmentOptions options = {.task = GetParam(), .action_repeat = 2, .image_size = 32};
+  const Trace expected = Play(*Make(options), 4, 8);
+  auto environment = Make(options);
+  ASSERT_OK_AND_ASSIGN(auto lookahead, environment->MakeLookahead());
+  std::mt19937_64 random(1);
+  Trace actual;
+  ASSERT_OK_AND_ASSIGN(TimeStep step, environment->Reset(4));
+  actual.images.push_back(step.observation.at("image"));
+  for (int t = 0; t < 8; ++t) {
+    ASSERT_OK(lookahead->Restart());
+    for (int i = 0; i < 20; ++i) ASSERT_OK(lookahead->Step(PushThenRandom(environment->spec().action.size, false, random)));
+    const std::vector<float> action(environment->spec().action.size, std::sin(0.7f * t + 4));  // as Play
+    ASSERT_OK_AND_ASSIGN(step, environment->Step(action));
+    actual.rewards.push_back(step.reward);
+    actual.images.push_back(step.observation.at("image"));
+  }
+  EXPECT_EQ(actual, expected);
+}
+
+TEST_P(TaskTest, LookingAheadNeedsARunningEpisodeAndGoodActions) {
+  auto environment = Make({.task = GetParam(), .image_size = 32});
+  ASSERT_OK_AND_ASSIGN(auto lookahead, environment->MakeLookahead());
+  const int size = environment->spec().action.size;
+  EXPECT_THAT(lookahead->Restart(), StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("Reset")));
+  ASSERT_OK(environment->Reset(1));
+  EXPECT_THAT(lookahead->Step(std::vector<float>(size)),
+              StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("Restart")));
+  ASSERT_OK(lookahead->Restart());
+  EXPECT_THAT(lookahead->Step(std::vector<float>(size + 1)), StatusIs(absl::StatusCode::kInvalidArgument));
+  EXPECT_OK(lookahead->Step(std::vector<float>(size)));
+}
+
 INSTANTIATE_TEST_SUITE_P(Tasks, TaskTest, ::testing::ValuesIn(KnownTasks()),
                          [](const auto& parameter) { return parameter.param; });
 
@@ -347,6 +425,11 @@ TEST(ActionRepeatTest, AFailedStepEndsTheEpisode) {
   EXPECT_THAT(environment->Step({0.5f}), StatusIs(absl::StatusCode::kFailedPrecondition));
   ASSERT_OK(environment->Reset(1));
   EXPECT_OK(environment->Step({0.5f}));
+}
+
+TEST(LookaheadTest, IsNotOfferedWithoutACopyOfTheSimulator) {
+  auto environment = MakeSimulatorEnvironment(std::make_unique<FakeSimulator>(), 1, 2, 0);
+  EXPECT_THAT(environment->MakeLookahead(), StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("cannot be copied")));
 }
 
 TEST(ActionRepeatTest, MujocoRewardsAreThoseOfSingleSteps) {

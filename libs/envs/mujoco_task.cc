@@ -49,6 +49,73 @@ absl::StatusOr<ModelPtr> LoadModel(const std::string& xml) {
   return model;
 }
 
+// Runs `f`, which computes on `data`; OUT_OF_RANGE if MuJoCo warned of a state it cannot simulate (it then resets the state
+// by itself).
+template <typename F>
+absl::Status Simulate(const MujocoTask& task, mjData& data, F&& f) {
+  for (mjWarningStat& warning : data.warning) warning.number = 0;
+  RETURN_IF_ERROR(CatchExceptions(task.name, [&] {
+    f();
+    return absl::OkStatus();
+  }));
+  for (int i = 0; i < mjNWARNING; ++i) {
+    if (data.warning[i].number > 0) {
+      return absl::OutOfRangeError(absl::StrCat(task.name, " cannot be simulated further: ",
+                                                mju_warningText(i, data.warning[i].lastinfo)));
+    }
+  }
+  return absl::OkStatus();
+}
+
+// One step of `substeps` of the model's own; returns its reward.
+absl::StatusOr<double> StepTask(const MujocoTask& task, int substeps, const mjModel& model, mjData& data,
+                                absl::Span<const double> action) {
+  mju_copy(data.ctrl, action.data(), model.nu);
+  RETURN_IF_ERROR(Simulate(task, data, [&] {
+    // dm_control's order ("legacy step"): afterwards everything that depends on position and velocity is up to date.
+    if (model.opt.integrator == mjINT_RK4) {
+      for (int i = 0; i < substeps; ++i) mj_step(&model, &data);
+    } else {
+      mj_step2(&model, &data);
+      for (int i = 1; i < substeps; ++i) mj_step(&model, &data);
+    }
+    mj_step1(&model, &data);
+  }));
+  return task.reward(model, data);
+}
+
+// All of `original`'s data is copied, not the physical state alone: what the next step starts from (the solver's warm start,
+// and with some integrators the results of the last mj_step1) is then the same without a computation.
+class MujocoCopy : public SimulatorCopy {
+ public:
+  MujocoCopy(const MujocoTask& task, int substeps, const mjModel& model, const mjData& original)
+      : task_(task),
+        substeps_(substeps),
+        model_(model),
+        original_(original),
+        data_(mj_makeData(&model), &mj_deleteData) {}
+
+  absl::Status Restart() override {
+    return CatchExceptions(task_.name, [this] {
+      mj_copyData(data_.get(), &model_, &original_);
+      return absl::OkStatus();
+    });
+  }
+
+  absl::StatusOr<double> Step(absl::Span<const double> action) override {
+    return StepTask(task_, substeps_, model_, *data_, action);
+  }
+
+ private:
+  // The simulator's own.
+  const MujocoTask& task_;
+  const int substeps_;
+  const mjModel& model_;
+  const mjData& original_;
+
+  const DataPtr data_;
+};
+
 class MujocoSimulator : public Simulator {
  public:
   MujocoSimulator(const MujocoTask& task, ModelPtr model, int image_size, EnvironmentOptions::Quality quality)
@@ -87,18 +154,7 @@ class MujocoSimulator : public Simulator {
   }
 
   absl::StatusOr<double> Step(absl::Span<const double> action) override {
-    mju_copy(data_->ctrl, action.data(), model_->nu);
-    RETURN_IF_ERROR(Simulate([this] {
-      // dm_control's order ("legacy step"): afterwards everything that depends on position and velocity is up to date.
-      if (model_->opt.integrator == mjINT_RK4) {
-        for (int i = 0; i < substeps_; ++i) mj_step(model_.get(), data_.get());
-      } else {
-        mj_step2(model_.get(), data_.get());
-        for (int i = 1; i < substeps_; ++i) mj_step(model_.get(), data_.get());
-      }
-      mj_step1(model_.get(), data_.get());
-    }));
-    return task_.reward(*model_, *data_);
+    return StepTask(task_, substeps_, *model_, *data_, action);
   }
 
   ArrayMap State() const override {
@@ -129,11 +185,17 @@ class MujocoSimulator : public Simulator {
     return renderer_->Draw(*model_, *data_, kCamera, height, width);
   }
 
+  absl::StatusOr<std::unique_ptr<SimulatorCopy>> MakeCopy() const override {
+    return CatchExceptions(task_.name, [this]() -> absl::StatusOr<std::unique_ptr<SimulatorCopy>> {
+      return std::make_unique<MujocoCopy>(task_, substeps_, *model_, *data_);
+    });
+  }
+
  private:
   // dm_control's reset: forward without actuation before and after the start is set.
   template <typename F>
   absl::Status ResetWith(F&& set_start) {
-    return Simulate([&] {
+    return Simulate(task_, *data_, [&] {
       mj_resetData(model_.get(), data_.get());
       ForwardWithoutActuation();
       set_start();
@@ -146,23 +208,6 @@ class MujocoSimulator : public Simulator {
     model_->opt.disableflags |= mjDSBL_ACTUATION;
     mj_forward(model_.get(), data_.get());
     model_->opt.disableflags = flags;
-  }
-
-  // Runs `f`; OUT_OF_RANGE if MuJoCo warned of a state it cannot simulate (it then resets the state by itself).
-  template <typename F>
-  absl::Status Simulate(F&& f) {
-    for (mjWarningStat& warning : data_->warning) warning.number = 0;
-    RETURN_IF_ERROR(CatchExceptions(task_.name, [&] {
-      f();
-      return absl::OkStatus();
-    }));
-    for (int i = 0; i < mjNWARNING; ++i) {
-      if (data_->warning[i].number > 0) {
-        return absl::OutOfRangeError(absl::StrCat(task_.name, " cannot be simulated further: ",
-                                                  mju_warningText(i, data_->warning[i].lastinfo)));
-      }
-    }
-    return absl::OkStatus();
   }
 
   // Constant after construction.

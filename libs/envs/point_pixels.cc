@@ -27,6 +27,34 @@ constexpr Colour kPoint = {250, 230, 180};
 // The part of a pixel at `distance` from a disc's centre that the disc covers, both in pixels.
 double Coverage(double distance, double radius) { return std::clamp(radius - distance + 0.5, 0.0, 1.0); }
 
+using Position = std::array<double, 2>;
+
+// Moves the point; returns the reward of the place that it reaches.
+double Move(absl::Span<const double> action, Position& position) {
+  double square = 0;
+  for (size_t i = 0; i < position.size(); ++i) {
+    position[i] = std::clamp(position[i] + kSpeed * std::clamp(action[i], -1.0, 1.0), -1.0, 1.0);
+    square += position[i] * position[i];
+  }
+  return std::exp(-square / (2 * kRewardWidth * kRewardWidth));
+}
+
+class PointPixelsCopy : public SimulatorCopy {
+ public:
+  explicit PointPixelsCopy(const Position& original) : original_(original) {}
+
+  absl::Status Restart() override {
+    position_ = original_;
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<double> Step(absl::Span<const double> action) override { return Move(action, position_); }
+
+ private:
+  const Position& original_;
+  Position position_{};
+};
+
 class PointPixels : public Simulator {
  public:
   explicit PointPixels(int image_size) : image_size_(image_size) {}
@@ -54,14 +82,7 @@ class PointPixels : public Simulator {
     return absl::OkStatus();
   }
 
-  absl::StatusOr<double> Step(absl::Span<const double> action) override {
-    double square = 0;
-    for (size_t i = 0; i < position_.size(); ++i) {
-      position_[i] = std::clamp(position_[i] + kSpeed * std::clamp(action[i], -1.0, 1.0), -1.0, 1.0);
-      square += position_[i] * position_[i];
-    }
-    return std::exp(-square / (2 * kRewardWidth * kRewardWidth));
-  }
+  absl::StatusOr<double> Step(absl::Span<const double> action) override { return Move(action, position_); }
 
   ArrayMap State() const override {
     return {{"qpos", Array::From<double>(position_, {static_cast<int64_t>(position_.size())})}};
@@ -92,10 +113,14 @@ class PointPixels : public Simulator {
     return image;
   }
 
+  absl::StatusOr<std::unique_ptr<SimulatorCopy>> MakeCopy() const override {
+    return std::make_unique<PointPixelsCopy>(position_);
+  }
+
  private:
   const int image_size_;
   const std::vector<std::pair<double, double>> range_{{-1, 1}, {-1, 1}};
-  std::array<double, 2> position_{};
+  Position position_{};
 };
 
 }  // namespace

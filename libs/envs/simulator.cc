@@ -9,12 +9,49 @@
 namespace orrery {
 namespace {
 
+// How a decision becomes steps of a simulator, or of a copy of one. Thread-safe: constant.
+class StepRule {
+ public:
+  StepRule(std::vector<std::pair<double, double>> action_range, int action_repeat, int time_limit)
+      : action_range_(std::move(action_range)), action_repeat_(action_repeat), time_limit_(time_limit) {}
+
+  // The action in the task's own units.
+  absl::StatusOr<std::vector<double>> Scale(absl::Span<const float> action) const {
+    std::vector<double> numbers(action.begin(), action.end());
+    RETURN_IF_ERROR(CheckNumbers(numbers, action_range_.size(), "action"));
+    for (size_t i = 0; i < numbers.size(); ++i) {
+      const auto [low, high] = action_range_[i];
+      numbers[i] = (low + high) / 2 + (high - low) / 2 * std::clamp(numbers[i], -1.0, 1.0);
+    }
+    return numbers;
+  }
+
+  // Steps a Simulator or a SimulatorCopy with the scaled action, up to the end of the episode at most; counts in `steps`
+  // and returns the sum of the rewards.
+  template <typename Stepped>
+  absl::StatusOr<double> Repeat(Stepped& simulator, const std::vector<double>& scaled, int& steps) const {
+    double sum = 0;
+    for (int i = 0; i < action_repeat_ && !IsEnd(steps); ++i) {
+      ASSIGN_OR_RETURN(const double reward, simulator.Step(scaled));
+      sum += reward;
+      ++steps;
+    }
+    return sum;
+  }
+
+  bool IsEnd(int steps) const { return steps >= time_limit_; }
+
+ private:
+  const std::vector<std::pair<double, double>> action_range_;
+  const int action_repeat_;
+  const int time_limit_;
+};
+
 class SimulatorEnvironment : public Environment {
  public:
   SimulatorEnvironment(std::unique_ptr<Simulator> simulator, int image_size, int action_repeat, int time_limit)
       : simulator_(std::move(simulator)),
-        action_repeat_(action_repeat),
-        time_limit_(time_limit > 0 ? time_limit : simulator_->time_limit()) {
+        rule_(simulator_->action_range(), action_repeat, time_limit > 0 ? time_limit : simulator_->time_limit()) {
     spec_.observations = {{"image", DType::kUInt8, {image_size, image_size, 3}}};
     spec_.action.size = static_cast<int>(simulator_->action_range().size());
   }
@@ -32,39 +69,63 @@ class SimulatorEnvironment : public Environment {
   }
 
   absl::StatusOr<TimeStep> Step(absl::Span<const float> action) override {
-    if (!running_) return absl::FailedPreconditionError("no episode is running: call Reset first");
-    const std::vector<double> numbers(action.begin(), action.end());
-    RETURN_IF_ERROR(CheckNumbers(numbers, simulator_->action_range().size(), "action"));
-    const std::vector<double> scaled = Scale(numbers);
+    RETURN_IF_ERROR(CheckRunning());
+    ASSIGN_OR_RETURN(const std::vector<double> scaled, rule_.Scale(action));
     running_ = false;  // Unless the whole step succeeds.
     TimeStep step;
-    for (int i = 0; i < action_repeat_ && steps_ < time_limit_; ++i) {
-      ASSIGN_OR_RETURN(const double reward, simulator_->Step(scaled));
-      step.reward += reward;
-      ++steps_;
-    }
+    ASSIGN_OR_RETURN(step.reward, rule_.Repeat(*simulator_, scaled, steps_));
     ASSIGN_OR_RETURN(step.observation["image"], simulator_->Image());
-    step.is_last = steps_ >= time_limit_;
+    step.is_last = rule_.IsEnd(steps_);
     running_ = !step.is_last;
     return step;
   }
 
   absl::StatusOr<Array> Render(int height, int width) override { return simulator_->Render(height, width); }
 
+  absl::StatusOr<std::unique_ptr<Lookahead>> MakeLookahead() const override {
+    ASSIGN_OR_RETURN(std::unique_ptr<SimulatorCopy> copy, simulator_->MakeCopy());
+    return std::make_unique<SimulatorLookahead>(*this, std::move(copy));
+  }
+
  private:
-  std::vector<double> Scale(const std::vector<double>& action) const {
-    std::vector<double> scaled(action.size());
-    for (size_t i = 0; i < action.size(); ++i) {
-      const auto [low, high] = simulator_->action_range()[i];
-      scaled[i] = (low + high) / 2 + (high - low) / 2 * std::clamp(action[i], -1.0, 1.0);
+  // Steps a copy of the simulator by the environment's rule.
+  class SimulatorLookahead : public Lookahead {
+   public:
+    SimulatorLookahead(const SimulatorEnvironment& environment, std::unique_ptr<SimulatorCopy> copy)
+        : environment_(environment), copy_(std::move(copy)) {}
+
+    absl::Status Restart() override {
+      ready_ = false;
+      RETURN_IF_ERROR(environment_.CheckRunning());
+      RETURN_IF_ERROR(copy_->Restart());
+      steps_ = environment_.steps_;
+      ready_ = true;
+      return absl::OkStatus();
     }
-    return scaled;
+
+    absl::StatusOr<double> Step(absl::Span<const float> action) override {
+      if (!ready_) return absl::FailedPreconditionError("nothing to look ahead from: call Restart first");
+      ASSIGN_OR_RETURN(const std::vector<double> scaled, environment_.rule_.Scale(action));
+      absl::StatusOr<double> reward = environment_.rule_.Repeat(*copy_, scaled, steps_);
+      ready_ = reward.ok();
+      return reward;
+    }
+
+   private:
+    const SimulatorEnvironment& environment_;
+    const std::unique_ptr<SimulatorCopy> copy_;
+    int steps_ = 0;  // simulator steps of the episode, the environment's included
+    bool ready_ = false;
+  };
+
+  absl::Status CheckRunning() const {
+    if (running_) return absl::OkStatus();
+    return absl::FailedPreconditionError("no episode is running: call Reset first");
   }
 
   // Constant after construction.
   const std::unique_ptr<Simulator> simulator_;
-  const int action_repeat_;
-  const int time_limit_;
+  const StepRule rule_;
   EnvironmentSpec spec_;
 
   int steps_ = 0;  // simulator steps of this episode

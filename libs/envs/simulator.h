@@ -16,6 +16,18 @@
 
 namespace orrery {
 
+// A copy of a simulator's state that is stepped alone: it draws nothing and leaves the simulator as it is. Not thread-safe;
+// several copies may be used on several threads at once, but not while a call on the simulator runs. The simulator must
+// outlive it.
+class SimulatorCopy {
+ public:
+  virtual ~SimulatorCopy() = default;
+  // Takes on the simulator's present state; needed before the first step and after a failed one.
+  virtual absl::Status Restart() = 0;
+  // As Simulator::Step: from the same state the same rewards, to the last bit.
+  virtual absl::StatusOr<double> Step(absl::Span<const double> action) = 0;
+};
+
 // One simulated world with a continuous action and a picture. Not thread-safe; may move between threads while no call is
 // running. The caller checks actions (size, finite); OUT_OF_RANGE when the simulation itself became invalid.
 class Simulator {
@@ -38,6 +50,10 @@ class Simulator {
   virtual absl::StatusOr<Array> Image() = 0;
   // A picture for people, [height, width, 3] uint8. INVALID_ARGUMENT for a size that cannot be drawn.
   virtual absl::StatusOr<Array> Render(int height, int width) = 0;
+  // UNIMPLEMENTED where a task offers none.
+  virtual absl::StatusOr<std::unique_ptr<SimulatorCopy>> MakeCopy() const {
+    return absl::UnimplementedError("this task's simulator cannot be copied");
+  }
 };
 
 // Makes the simulator of a task with pictures of that size. Errors as MakeEnvironment's.
@@ -46,7 +62,7 @@ absl::StatusOr<std::unique_ptr<Simulator>> MakeSimulator(const std::string& task
 
 // An environment around a simulator: checks actions and their order, scales them from [-1, 1] (values outside are cut),
 // repeats each `action_repeat` times with the rewards summed, and ends an episode after `time_limit` simulator steps
-// (0: the simulator's own). `action_repeat` and `time_limit` must be valid.
+// (0: the simulator's own). `action_repeat` and `time_limit` must be valid. It looks ahead where the simulator can be copied.
 std::unique_ptr<Environment> MakeSimulatorEnvironment(std::unique_ptr<Simulator> simulator, int image_size,
                                                       int action_repeat, int time_limit);
 

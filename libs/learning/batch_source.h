@@ -13,6 +13,7 @@ struct StoredBatch {
   torch::Tensor action;    // [T, B, A] float32
   torch::Tensor reward;    // [T, B] float32
   torch::Tensor is_first;  // [T, B] uint8
+  torch::Tensor is_terminal;  // [T, B] uint8
 };
 
 // One consumer thread.

@@ -39,6 +39,7 @@ std::vector<Mirror::Field> FieldsOf(const config::v1::Model& model) {
   fields.push_back(MakeField(kAction, DType::kFloat32, {ActionSize(model)}));
   fields.push_back(MakeField(kReward, DType::kFloat32, {}));
   fields.push_back(MakeField(kIsFirst, DType::kUInt8, {}));
+  fields.push_back(MakeField(kIsTerminal, DType::kUInt8, {}));
   return fields;
 }
 
@@ -245,6 +246,8 @@ absl::StatusOr<StoredBatch> MirroredSource::Next(absl::Time deadline) {
       batch.reward = buffer;
     } else if (name == kIsFirst) {
       batch.is_first = buffer;
+    } else if (name == kIsTerminal) {
+      batch.is_terminal = buffer;
     } else {
       batch.observations[name] = buffer;
     }

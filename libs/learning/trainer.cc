@@ -43,6 +43,7 @@ absl::StatusOr<UpdateResult> Trainer::Update(const StoredBatch& stored) {
       torch::NoGradGuard no_grad;
       batch = {model_->Preprocess(observations, generator_), stored.action.to(device_), stored.reward.to(device_),
                stored.is_first.to(device_)};
+      if (model_->config().has_continue_head()) batch.is_terminal = stored.is_terminal.to(device_);
     }
     return updater_.Update(batch, generator_);
   });

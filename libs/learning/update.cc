@@ -8,6 +8,8 @@
 #include "absl/strings/str_cat.h"
 #include "libs/base/array.h"
 #include "libs/base/status.h"
+#include "libs/world_model/behavior.h"
+#include "libs/world_model/layout.h"
 
 namespace orrery {
 namespace {
@@ -29,11 +31,50 @@ absl::Status CheckTensor(const Tensor& tensor, const std::vector<int64_t>& shape
 
 absl::Status CheckNoise(const config::v1::Model& config, const Batch& batch, const LossNoise& noise,
                         bool with_overshooting) {
-  const int64_t t = batch.reward.size(0), b = batch.reward.size(1), s = config.stochastic_size();
+  const int64_t t = batch.reward.size(0), b = batch.reward.size(1), s = StochasticSize(config);
   RETURN_IF_ERROR(CheckTensor(noise.posterior, {t, b, s}, at::kFloat, "noise posterior"));
-  const auto& overshooting = config.objective().overshooting();
-  if (overshooting.distance() < 2 || (!with_overshooting && overshooting.scale() == 0)) return absl::OkStatus();
-  return CheckTensor(noise.overshooting, {overshooting.distance() + 1, t, b, s}, at::kFloat, "noise overshooting");
+  if (HasMixture(config)) RETURN_IF_ERROR(CheckTensor(noise.component, {t, b}, at::kFloat, "noise component"));
+  if (noise.dropout.defined())
+    RETURN_IF_ERROR(CheckTensor(noise.dropout, {t, b, config.modalities_size()}, at::kFloat, "noise dropout"));
+  const int64_t distance = OvershootingDistance(config, with_overshooting);
+  if (distance == 0) return absl::OkStatus();
+  return CheckTensor(noise.overshooting, {distance + 1, t, b, s}, at::kFloat, "noise overshooting");
+}
+
+absl::Status CheckModality(const config::v1::Modality& m, const Batch& batch) {
+  const int64_t t = batch.reward.size(0), b = batch.reward.size(1);
+  std::vector<int64_t> shape = {t, b};
+  if (m.has_image()) {
+    shape.insert(shape.end(), {m.image().channels(), m.image().height(), m.image().width()});
+  } else {
+    shape.push_back(m.vector().size());
+  }
+  const auto it = batch.observations.find(m.name());
+  RETURN_IF_ERROR(CheckTensor(it == batch.observations.end() ? Tensor() : it->second, shape, at::kFloat, m.name()));
+  const auto there = batch.available.find(m.name());
+  if (there == batch.available.end()) return absl::OkStatus();
+  return CheckTensor(there->second, {t, b}, at::kByte, "available." + m.name());
+}
+
+absl::Status CheckMoment(const Tensor& moment, const Tensor& parameter, const std::string& name) {
+  RETURN_IF_ERROR(CheckTensor(moment, parameter.sizes().vec(), at::kFloat, name));
+  if (at::isfinite(moment).all().item<bool>()) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(name, " holds a number that is not finite"));
+}
+
+// Names as in UpdateResult.
+std::vector<std::pair<const char*, Tensor>> Terms(const LossOutputs& o) {
+  std::vector<std::pair<const char*, Tensor>> terms = {{"total", o.loss_total},
+                                                       {"observation", o.loss_observation},
+                                                       {"reward", o.loss_reward},
+                                                       {"kl", o.loss_kl},
+                                                       {"overshooting", o.loss_overshooting},
+                                                       {"observation_overshooting", o.loss_observation_overshooting},
+                                                       {"global_prior", o.loss_global_prior},
+                                                       {"continue", o.loss_continue}};
+  terms.erase(std::remove_if(terms.begin(), terms.end(), [](const auto& term) { return !term.second.defined(); }),
+              terms.end());
+  return terms;
 }
 
 }  // namespace
@@ -45,16 +86,8 @@ absl::Status CheckBatch(const config::v1::Model& config, const Batch& batch) {
   RETURN_IF_ERROR(CheckTensor(batch.reward, {t, b}, at::kFloat, "reward"));
   RETURN_IF_ERROR(CheckTensor(batch.action, {t, b, ActionSize(config)}, at::kFloat, "action"));
   RETURN_IF_ERROR(CheckTensor(batch.is_first, {t, b}, at::kByte, "is_first"));
-  for (const auto& m : config.modalities()) {
-    std::vector<int64_t> shape = {t, b};
-    if (m.has_image()) {
-      shape.insert(shape.end(), {m.image().channels(), m.image().height(), m.image().width()});
-    } else {
-      shape.push_back(m.vector().size());
-    }
-    const auto it = batch.observations.find(m.name());
-    RETURN_IF_ERROR(CheckTensor(it == batch.observations.end() ? Tensor() : it->second, shape, at::kFloat, m.name()));
-  }
+  if (config.has_continue_head()) RETURN_IF_ERROR(CheckTensor(batch.is_terminal, {t, b}, at::kByte, "is_terminal"));
+  for (const auto& m : config.modalities()) RETURN_IF_ERROR(CheckModality(m, batch));
   for (const auto& entry : batch.observations) {
     const auto known = [&](const config::v1::Modality& m) { return m.name() == entry.first; };
     if (std::none_of(config.modalities().begin(), config.modalities().end(), known))
@@ -82,16 +115,31 @@ absl::StatusOr<LossAndGradients> ComputeLoss(const WorldModel& model, const Batc
 }
 
 Updater::Updater(std::shared_ptr<WorldModel> model, const config::v1::Learning& learning)
-    : model_(std::move(model)),
-      learning_rate_(learning.learning_rate()),
-      epsilon_(learning.adam_epsilon()),
-      clip_(learning.gradient_clip()) {
+    : model_(std::move(model)), epsilon_(learning.adam_epsilon()), clip_(learning.gradient_clip()) {
+  model_group_.learning_rate = learning.learning_rate();
+  actor_group_.learning_rate = learning.actor_learning_rate();
+  value_group_.learning_rate = learning.value_learning_rate();
   for (const auto& parameter : model_->named_parameters()) {
-    names_.push_back(parameter.key());
-    parameters_.push_back(parameter.value());
-    first_moments_.push_back(at::zeros_like(parameter.value().detach()));
-    second_moments_.push_back(at::zeros_like(parameter.value().detach()));
+    Group& group = absl::StartsWith(parameter.key(), "actor.")   ? actor_group_
+                   : absl::StartsWith(parameter.key(), "value.") ? value_group_
+                                                                 : model_group_;
+    group.names.push_back(parameter.key());
+    group.parameters.push_back(parameter.value());
+    group.first_moments.push_back(at::zeros_like(parameter.value().detach()));
+    group.second_moments.push_back(at::zeros_like(parameter.value().detach()));
   }
+}
+
+void Updater::AddBehavior(const LossOutputs& o, torch::Generator& generator, std::vector<Gradients>& gradients,
+                          std::vector<std::pair<const char*, Tensor>>& terms) {
+  if (!model_->config().has_behavior()) return;
+  const LatentState start{o.deter.detach().flatten(0, 1), o.stoch.detach().flatten(0, 1)};
+  const BehaviorNoise noise = DrawBehaviorNoise(*model_, start.stoch.size(0), generator);
+  const BehaviorOutputs behavior = ImagineBehavior(*model_, start, noise);
+  gradients.push_back({&actor_group_, torch::autograd::grad({behavior.loss_actor}, actor_group_.parameters)});
+  gradients.push_back({&value_group_, torch::autograd::grad({behavior.loss_value}, value_group_.parameters)});
+  terms.emplace_back("actor", behavior.loss_actor);
+  terms.emplace_back("value", behavior.loss_value);
 }
 
 absl::StatusOr<UpdateResult> Updater::Update(const Batch& batch, torch::Generator& generator) {
@@ -99,44 +147,49 @@ absl::StatusOr<UpdateResult> Updater::Update(const Batch& batch, torch::Generato
   const LossNoise noise = model_->DrawNoise(batch.reward.size(0), batch.reward.size(1), generator, false);
   ASSIGN_OR_RETURN(LossAndGradients computed, ComputeLoss(*model_, batch, noise, false, /*gradients=*/true));
   return CatchExceptions("updating", [&]() -> absl::StatusOr<UpdateResult> {
-    torch::NoGradGuard no_grad;
     const LossOutputs& o = computed.outputs;
-    const Tensor norm = at::linalg_vector_norm(at::stack(at::_foreach_norm(computed.gradients)));
-    std::vector<std::pair<const char*, Tensor>> terms = {{"total", o.loss_total},
-                                                         {"observation", o.loss_observation},
-                                                         {"reward", o.loss_reward},
-                                                         {"kl", o.loss_kl}};
-    if (o.loss_overshooting.defined()) terms.emplace_back("overshooting", o.loss_overshooting);
-    std::vector<Tensor> scalars = {norm};
-    for (const auto& term : terms) scalars.push_back(term.second);
+    std::vector<std::pair<const char*, Tensor>> terms = Terms(o);
+    // The model's parameters come first among all (layout.h).
+    computed.gradients.resize(model_group_.parameters.size());
+    std::vector<Gradients> gradients = {{&model_group_, std::move(computed.gradients)}};
+    AddBehavior(o, generator, gradients, terms);
+
+    torch::NoGradGuard no_grad;
+    std::vector<Tensor> scalars;
+    for (const Gradients& g : gradients) scalars.push_back(at::linalg_vector_norm(at::stack(at::_foreach_norm(g.tensors))));
+    for (const auto& term : terms) scalars.push_back(term.second.detach());
     const Tensor values = at::stack(scalars).to(at::kCPU, at::kDouble);  // one copy from the device
+    const double* value = values.const_data_ptr<double>();
 
     UpdateResult result;
-    const double* value = values.const_data_ptr<double>();
     result.gradient_norm = value[0];
-    for (size_t i = 0; i < terms.size(); ++i) result.losses[terms[i].first] = value[i + 1];
-    result.skipped = !std::isfinite(result.gradient_norm) || !std::isfinite(result.losses["total"]);
+    for (size_t i = 0; i < terms.size(); ++i) result.losses[terms[i].first] = value[gradients.size() + i];
+    result.skipped = !std::all_of(value, value + values.numel(), [](double x) { return std::isfinite(x); });
     if (result.skipped) return result;
-    if (const double scale = clip_ / (result.gradient_norm + 1e-6); scale < 1)
-      at::_foreach_mul_(computed.gradients, scale);
-    Step(computed.gradients);
+    ++steps_;
+    for (size_t i = 0; i < gradients.size(); ++i) {
+      if (const double scale = clip_ / (value[i] + 1e-6); scale < 1) at::_foreach_mul_(gradients[i].tensors, scale);
+      Step(*gradients[i].group, gradients[i].tensors);
+    }
     return result;
   });
 }
 
-void Updater::Step(const std::vector<Tensor>& gradients) {
-  ++steps_;
-  const Tensor step = at::scalar_tensor(static_cast<float>(steps_), parameters_[0].options().requires_grad(false));
-  const std::vector<Tensor> steps(parameters_.size(), step);
-  at::_fused_adam_(parameters_, gradients, first_moments_, second_moments_, /*max_exp_avg_sqs=*/{}, steps,
-                   learning_rate_, kBeta1, kBeta2, /*weight_decay=*/0, epsilon_, /*amsgrad=*/false, /*maximize=*/false);
+void Updater::Step(Group& group, const std::vector<Tensor>& gradients) {
+  const Tensor step = at::scalar_tensor(static_cast<float>(steps_), group.parameters[0].options().requires_grad(false));
+  const std::vector<Tensor> steps(group.parameters.size(), step);
+  at::_fused_adam_(group.parameters, gradients, group.first_moments, group.second_moments, /*max_exp_avg_sqs=*/{}, steps,
+                   group.learning_rate, kBeta1, kBeta2, /*weight_decay=*/0, epsilon_, /*amsgrad=*/false,
+                   /*maximize=*/false);
 }
 
 TensorMap Updater::State() const {
   TensorMap state;
-  for (size_t i = 0; i < names_.size(); ++i) {
-    state.emplace(kFirst + names_[i], first_moments_[i].to(at::kCPU, at::kFloat, false, /*copy=*/true));
-    state.emplace(kSecond + names_[i], second_moments_[i].to(at::kCPU, at::kFloat, false, /*copy=*/true));
+  for (const Group* group : groups()) {
+    for (size_t i = 0; i < group->names.size(); ++i) {
+      state.emplace(kFirst + group->names[i], group->first_moments[i].to(at::kCPU, at::kFloat, false, /*copy=*/true));
+      state.emplace(kSecond + group->names[i], group->second_moments[i].to(at::kCPU, at::kFloat, false, /*copy=*/true));
+    }
   }
   state.emplace(kStep, at::scalar_tensor(steps_, at::kLong));
   return state;
@@ -151,23 +204,23 @@ absl::Status Updater::Restore(const TensorMap& state) {
   RETURN_IF_ERROR(CheckTensor(step, {}, at::kLong, kStep));
   if (step.item<int64_t>() < 0)
     return absl::InvalidArgumentError(absl::StrCat(kStep, " is ", step.item<int64_t>(), "; expected at least 0"));
-  for (size_t i = 0; i < names_.size(); ++i) {
-    for (const char* prefix : {kFirst, kSecond}) {
-      const std::string name = prefix + names_[i];
-      const Tensor moment = find(name);
-      RETURN_IF_ERROR(CheckTensor(moment, parameters_[i].sizes().vec(), at::kFloat, name));
-      if (!at::isfinite(moment).all().item<bool>())
-        return absl::InvalidArgumentError(absl::StrCat(name, " holds a number that is not finite"));
+  size_t expected = 1, count = 0;
+  for (const Group* group : groups()) {
+    expected += 2 * group->names.size();
+    for (size_t i = 0; i < group->names.size(); ++i) {
+      for (const char* prefix : {kFirst, kSecond})
+        RETURN_IF_ERROR(CheckMoment(find(prefix + group->names[i]), group->parameters[i], prefix + group->names[i]));
     }
   }
-  size_t count = 0;
   for (const auto& entry : state) count += absl::StartsWith(entry.first, "adam.");
-  if (count != 2 * names_.size() + 1)
+  if (count != expected)
     return absl::InvalidArgumentError("the optimizer state holds tensors of parameters that the model does not have");
   torch::NoGradGuard no_grad;
-  for (size_t i = 0; i < names_.size(); ++i) {
-    first_moments_[i].copy_(state.at(kFirst + names_[i]));
-    second_moments_[i].copy_(state.at(kSecond + names_[i]));
+  for (Group* group : groups()) {
+    for (size_t i = 0; i < group->names.size(); ++i) {
+      group->first_moments[i].copy_(state.at(kFirst + group->names[i]));
+      group->second_moments[i].copy_(state.at(kSecond + group->names[i]));
+    }
   }
   steps_ = step.item<int64_t>();
   return absl::OkStatus();

@@ -29,13 +29,15 @@ absl::StatusOr<LossAndGradients> ComputeLoss(const WorldModel& model, const Batc
 absl::Status CheckBatch(const config::v1::Model& config, const Batch& batch);
 
 struct UpdateResult {
-  // By term: "total", "observation", "reward", "kl" and, where it is configured, "overshooting".
+  // By term: "total", "observation", "reward", "kl" and, where they are configured, "overshooting",
+  // "observation_overshooting", "global_prior", "continue", "actor" and "value".
   std::map<std::string, double> losses;
-  double gradient_norm = 0;  // before clipping
-  bool skipped = false;      // loss or gradient was not finite: parameters and optimizer are as they were
+  double gradient_norm = 0;  // of the model, before clipping
+  bool skipped = false;      // a loss or gradient was not finite: parameters and optimizer are as they were
 };
 
-// Fits a model with Adam. One thread; shares the model with its caller, who must not change its parameters, and must have
+// Fits a model with Adam, and with model.behavior its actor and value in imagination from the batch's posterior states. One
+// thread; shares the model with its caller, who must not change its parameters, and must have
 // moved it to its device before.
 //
 //   Batch batch{model->Preprocess(stored.observations, generator), stored.action, stored.reward, stored.is_first};
@@ -57,12 +59,28 @@ class Updater {
   absl::Status Restore(const TensorMap& state);
 
  private:
-  void Step(const std::vector<torch::Tensor>& gradients);
+  // Parameters that learn from one loss.
+  struct Group {
+    double learning_rate = 0;
+    std::vector<std::string> names;
+    std::vector<torch::Tensor> parameters, first_moments, second_moments;
+  };
+  // What a group steps by.
+  struct Gradients {
+    Group* group;
+    std::vector<torch::Tensor> tensors;
+  };
+
+  // Appends the actor's and the value's gradients and losses.
+  void AddBehavior(const LossOutputs& o, torch::Generator& generator, std::vector<Gradients>& gradients,
+                   std::vector<std::pair<const char*, torch::Tensor>>& terms);
+  void Step(Group& group, const std::vector<torch::Tensor>& gradients);
+  std::vector<Group*> groups() { return {&model_group_, &actor_group_, &value_group_}; }
+  std::vector<const Group*> groups() const { return {&model_group_, &actor_group_, &value_group_}; }
 
   const std::shared_ptr<WorldModel> model_;
-  const double learning_rate_, epsilon_, clip_;
-  std::vector<std::string> names_;
-  std::vector<torch::Tensor> parameters_, first_moments_, second_moments_;
+  const double epsilon_, clip_;
+  Group model_group_, actor_group_, value_group_;  // the last two are empty without model.behavior
   int64_t steps_ = 0;
 };
 

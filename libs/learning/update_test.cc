@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "libs/base/status_matchers.h"
+#include "libs/world_model/behavior.h"
 #include "libs/world_model/golden.h"
 
 namespace orrery {
@@ -16,8 +17,11 @@ constexpr char kModel[] =
     "modalities { name: 'v' vector { size: 4 layers: 1 hidden_size: 6 } } reward { layers: 1 hidden_size: 5 } "
     "objective { free_nats: 0 overshooting { distance: 3 scale: 0.5 } }";
 
-std::shared_ptr<WorldModel> MakeModel() {
-  auto config = ParseModel(kModel);
+constexpr char kBehavior[] =
+    " behavior { horizon: 3 actor_layers: 1 actor_hidden_size: 5 value_layers: 1 value_hidden_size: 5 init_std: 1 discount: 0.5 }";
+
+std::shared_ptr<WorldModel> MakeModel(const std::string& more = "") {
+  auto config = ParseModel(kModel + more);
   EXPECT_OK(config);
   auto model = WorldModel::Create(*config, 1);
   EXPECT_OK(model);
@@ -143,13 +147,58 @@ TEST(Updater, SkipsAnUpdateThatIsNotFinite) {
   EXPECT_EQ(updater.steps(), 1);
 }
 
+// The model learns as without behaviour; actor and value step by their own losses and rates.
+TEST(Updater, BehaviorLeavesTheModelAlone) {
+  const auto model = MakeModel(kBehavior), plain = MakeModel();
+  const TensorMap start = Parameters(*model);
+  config::v1::Learning learning = Options();
+  learning.set_actor_learning_rate(0.02);
+  learning.set_value_learning_rate(0.03);
+  Updater updater(model, learning), reference(plain, learning);
+  torch::Generator g = Seeded(3), same = Seeded(3);
+  ASSERT_OK_AND_ASSIGN(const UpdateResult result, updater.Update(MakeBatch(1), g));
+  ASSERT_OK_AND_ASSIGN(const UpdateResult alone, reference.Update(MakeBatch(1), same));
+  EXPECT_EQ(result.losses.at("total"), alone.losses.at("total"));
+  EXPECT_EQ(result.gradient_norm, alone.gradient_norm);
+  EXPECT_EQ(result.losses.count("actor") + result.losses.count("value"), 2u);
+  const TensorMap after = Parameters(*model), expected = Parameters(*plain);
+  for (const auto& [name, value] : expected) EXPECT_TRUE(at::equal(after.at(name), value)) << name;
+  // Adam's first step is the learning rate, wherever the gradient is far above epsilon.
+  const auto step = [&](const std::string& name) { return (after.at(name) - start.at(name)).abs().max().item<double>(); };
+  EXPECT_NEAR(step("value.out.bias"), 0.03, 0.003);
+  EXPECT_GT(step("actor.out.weight"), 0);
+  EXPECT_LE(step("actor.out.weight"), 0.02 + 1e-6);
+}
+
+// Rewards are the first action: the actor learns to make it large.
+TEST(Updater, ActorLearnsWhatIsRewarded) {
+  const auto model = MakeModel(kBehavior);
+  config::v1::Learning learning = Options();
+  learning.set_actor_learning_rate(0.01);
+  learning.set_value_learning_rate(0.01);
+  Updater updater(model, learning);
+  torch::Generator g = Seeded(3);
+  const auto draw = [&](int i) {
+    Batch batch = MakeBatch(i);
+    batch.action = at::rand({6, 3, 2}, g, at::kFloat) * 2 - 1;
+    batch.observations["v"] = at::cat({batch.action, batch.action}, -1);
+    batch.reward = batch.action.select(-1, 0).clone();
+    return batch;
+  };
+  for (int i = 0; i < 300; ++i) ASSERT_OK(updater.Update(draw(i), g));
+  torch::NoGradGuard no_grad;
+  const LossOutputs o = model->Loss(draw(1), model->DrawNoise(6, 3, g, false), false);
+  const Tensor action = ModeAction(model->config(), model->ActorOutputs({o.deter.flatten(0, 1), o.stoch.flatten(0, 1)}));
+  EXPECT_GT(action.select(1, 0).mean().item<double>(), 0.8);
+}
+
 TEST(Updater, ResumesBitForBit) {
-  const auto straight = MakeModel();
+  const auto straight = MakeModel(kBehavior);
   Updater updater(straight, Options());
   torch::Generator g = Seeded(3);
   for (int i = 0; i < 3; ++i) ASSERT_OK(updater.Update(MakeBatch(i), g));
 
-  const auto resumed = MakeModel();
+  const auto resumed = MakeModel(kBehavior);
   const TensorMap parameters = Parameters(*straight);
   {
     torch::NoGradGuard no_grad;

@@ -2,6 +2,8 @@
 
 #include <limits>
 
+#include "libs/planning/plan_parts.h"
+
 namespace orrery {
 namespace {
 
@@ -9,60 +11,35 @@ using torch::Tensor;
 
 constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
 
-// A standard normal z becomes a standard Gumbel number through the distribution function of z.
-Tensor ToGumbel(const Tensor& z) { return -(-at::special_log_ndtr(z)).clamp_min(1e-30).log(); }
-
-Tensor OneHot(const Tensor& x) {
-  return at::zeros_like(x).scatter_(-1, x.argmax(-1, /*keepdim=*/true), 1);
-}
-
-// Mean and population variance over the elites that count: weight [N, K], elites [H, N, K, A].
-void Refit(const Tensor& elites, const Tensor& weight, Tensor& mean, Tensor& variance) {
-  const Tensor w = (weight / weight.sum(1, /*keepdim=*/true).clamp_min(1)).unsqueeze(0).unsqueeze(-1);  // [1, N, K, 1]
-  mean = (elites * w).sum(2, /*keepdim=*/true);
-  variance = ((elites - mean).square() * w).sum(2, /*keepdim=*/true);
+Tensor Draw(const config::v1::Cem& cem, const CemProblem& problem, int64_t i) {
+  if (problem.draw) return problem.draw(i);
+  return problem.normals({cem.horizon(), problem.agents, cem.candidates(), problem.action_size});
 }
 
 }  // namespace
 
 PlanResult RunCem(const config::v1::Cem& cem, const CemProblem& problem) {
-  const int64_t h = cem.horizon(), n = problem.agents, a = problem.action_size, k = cem.elites();
-  // [H, N, 1, A]; for discrete actions the mean holds probabilities.
-  Tensor mean = at::full({h, n, 1, a}, problem.discrete ? 1.0 / static_cast<double>(a) : 0.0, problem.options);
-  Tensor std = at::ones({h, n, 1, a}, problem.options);
-  Tensor stuck = at::zeros({n}, problem.options.dtype(at::kBool));
-  Tensor bad = at::zeros({}, problem.options.dtype(at::kLong));
-  PlanResult result;
+  const bool stops_early = cem.early_stop_std() > 0;
+  PlanDistribution plan = StartDistribution(problem, cem.horizon(), /*deviation=*/1);
+  Tensor stuck = at::zeros({problem.agents}, problem.options.dtype(at::kBool));  // without a finite plan
+  Tensor found = at::zeros_like(stuck);                                          // σ is small enough
+  Tensor non_finite = at::zeros({}, problem.options.dtype(at::kLong));
+  Tensor predicted = at::zeros({problem.agents}, problem.options);
   for (int64_t i = 0; i < cem.iterations(); ++i) {
-    const Tensor noise = problem.draw(i);
-    const Tensor plans = problem.discrete ? OneHot(mean.log() + ToGumbel(noise))
-                                          : at::addcmul(mean, std, noise).clamp_(-1, 1);
+    const Tensor plans = SamplePlans(problem, plan, Draw(cem, problem, i));
     Tensor returns = problem.objective(plans, i);
-    const Tensor finite = returns.isfinite();
-    bad += finite.logical_not().sum();
-    returns = returns.where(finite, at::scalar_tensor(kMinusInfinity, returns.options()));
-
-    const auto [best, index] = returns.topk(k, 1);
-    const Tensor weight = best.isfinite().to(mean.scalar_type());
-    const Tensor elites = plans.gather(2, index.view({1, n, k, 1}).expand({h, n, k, a}));
-    Tensor new_mean, variance;
-    Refit(elites, weight, new_mean, variance);
-    if (problem.discrete) {
-      new_mean.clamp_min_(0.1 / static_cast<double>(a));
-      new_mean.div_(new_mean.sum(-1, /*keepdim=*/true));
-    }
-    stuck.logical_or_(weight.sum(1) == 0);
-    const Tensor keep = stuck.view({1, n, 1, 1});
-    mean = mean.where(keep, new_mean);
-    std = std.where(keep, variance.add_(1e-6).sqrt_().clamp_min_(cem.std_floor()));
-    const Tensor elite_return = best.where(weight != 0, at::zeros_like(best)).sum(1) / weight.sum(1).clamp_min(1);
-    result.predicted_return = elite_return.masked_fill(stuck, kMinusInfinity);
+    // What is computed for an agent that is done, because others are not, shall not count.
+    if (stops_early) returns = returns.masked_fill(stuck.logical_or(found).unsqueeze(1), 0);
+    const Elites elites = TakeElites(plans, MaskNonFinite(returns, non_finite), cem.elites());
+    stuck.logical_or_(elites.finite.sum(1) == 0);
+    Refit(problem, elites, cem.momentum(), cem.std_floor(), stuck.logical_or(found), plan);
+    predicted = predicted.where(found, MeanReturn(elites).masked_fill(stuck, kMinusInfinity));
+    if (!stops_early) continue;
+    found.logical_or_(plan.std.amax({0, 2, 3}) < cem.early_stop_std());
+    if (stuck.logical_or(found).all().item<bool>()) break;
   }
-  result.mean = mean.squeeze(2).transpose(0, 1).contiguous();
-  result.std = std.squeeze(2).transpose(0, 1).contiguous();
-  const Tensor first = result.mean.select(1, 0);
-  result.action = problem.discrete ? OneHot(first) : first.contiguous();
-  result.non_finite_plans = bad.item<int64_t>();
+  PlanResult result = MakeResult(problem, plan.mean, plan.std, non_finite);
+  result.predicted_return = predicted;
   return result;
 }
 

@@ -5,11 +5,11 @@
 
 #include <cstdint>
 #include <memory>
-#include <vector>
 
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "libs/config/config.h"
+#include "libs/planning/plan_problem.h"
 #include "libs/world_model/world_model.h"
 
 namespace orrery {
@@ -20,12 +20,15 @@ struct PlanNoise {
   torch::Tensor state;   // [N, I, H, J, S]
 };
 
-struct PlanResult {
-  torch::Tensor action;            // [N, A]: the first action of the mean
-  torch::Tensor mean;              // [N, H, A]
-  torch::Tensor std;               // [N, H, A]
-  torch::Tensor predicted_return;  // [N]: mean return of the last iteration's elites
-  int64_t non_finite_plans = 0;    // plans whose return was not finite (counted as -inf)
+// What is planned for N agents. Refers to the seeds; they must outlive the call.
+struct PlanRequest {
+  LatentState belief;
+  absl::Span<const uint64_t> seeds;  // [N]
+  // [N, H, A], H the planner's warm_start_horizon: each agent's last plan after ShiftPlan. Undefined, or a planner that
+  // starts anew at each call: none.
+  torch::Tensor previous_plan;
+  torch::Tensor has_previous;   // [N] bool, needed beside previous_plan: agents that have one
+  torch::Tensor valid_actions;  // [N, A] bool, at least one true per agent; discrete only. Undefined: all are valid
 };
 
 // Thread-safe: holds only options.
@@ -33,13 +36,18 @@ class Planner {
  public:
   virtual ~Planner() = default;
   // Plans for N agents together; agent i draws everything random from seeds[i] alone, so its answer does not depend on
-  // its company. Call under torch::NoGradGuard or InferenceMode.
-  virtual absl::StatusOr<PlanResult> Plan(const WorldModel& model, const LatentState& belief,
-                                          absl::Span<const uint64_t> seeds) const = 0;
+  // its company. Call under torch::NoGradGuard or InferenceMode. INVALID_ARGUMENT names what does not fit the model.
+  virtual absl::StatusOr<PlanResult> Plan(const WorldModel& model, const PlanRequest& request) const = 0;
   // The same with given noise. UNIMPLEMENTED where an algorithm takes none.
   virtual absl::StatusOr<PlanResult> PlanWithNoise(const WorldModel& model, const LatentState& belief,
-                                                   const PlanNoise& noise) const = 0;
+                                                   const PlanNoise& noise) const;
+  // Actions of the plan that the next call wants to begin from; 0: it begins anew.
+  virtual int64_t warm_start_horizon() const { return 0; }
 };
+
+// What is left of a plan [N, H, A] (PlanResult::mean) once its first action is done: shifted by one step, the last action
+// repeated, inside [-1, 1].
+torch::Tensor ShiftPlan(const torch::Tensor& plan);
 
 // INVALID_ARGUMENT names the option that is wrong or does not fit the action.
 absl::StatusOr<std::unique_ptr<Planner>> MakePlanner(const config::v1::Planner& config,

@@ -15,8 +15,11 @@ namespace {
 static_assert(std::endian::native == std::endian::little, "tokens are copied as they lie in memory");
 
 constexpr absl::string_view kMagic = "OBLF";
-constexpr uint8_t kFormat = 1;
+constexpr uint8_t kWithoutPlan = 1;  // formats
+constexpr uint8_t kWithPlan = 2;
 constexpr size_t kMaxNameBytes = 255;
+constexpr int64_t kMaxHorizon = 256;  // of any planner
+constexpr size_t kPlanHeaderBytes = 4 + 4;
 // Magic, format, name length, hash, generation, counter, D, S, checksum.
 constexpr size_t kFixedBytes = 4 + 1 + 1 + 8 + 8 + 8 + 4 + 4 + 4;
 // A GRU's state is a mean of numbers in [-1, 1]; what rounding may add to that.
@@ -87,12 +90,34 @@ absl::Status CheckNumbers(const Belief& belief) {
           absl::StrCat("belief: stochastic state [", i, "] is ", belief.stoch[i], ", expected a finite number"));
     }
   }
+  for (size_t i = 0; i < belief.plan.size(); ++i) {
+    if (!(std::abs(belief.plan[i]) <= 1)) {
+      return absl::InvalidArgumentError(absl::StrCat("belief: plan [", i, "] is ", belief.plan[i], ", expected -1 to 1"));
+    }
+  }
   return absl::OkStatus();
 }
 
+// Numbers of an action of the plan; 0: there is none. INVALID_ARGUMENT unless the plan has H · A numbers.
+absl::StatusOr<size_t> PlanActionSize(const Belief& belief) {
+  const int64_t h = belief.plan_horizon;
+  if (h == 0 && belief.plan.empty()) return size_t{0};
+  if (h < 1 || h > kMaxHorizon || belief.plan.empty() || belief.plan.size() % static_cast<size_t>(h) != 0) {
+    return absl::InvalidArgumentError(absl::StrCat("belief: a plan of ", h, " actions has ", belief.plan.size(),
+                                                   " numbers, expected 1 to ", kMaxHorizon, " actions of one size"));
+  }
+  return belief.plan.size() / static_cast<size_t>(h);
+}
+
+// Of a token as this model and its planner make it.
+size_t UsualBytes(const BeliefShape& shape) {
+  size_t numbers = static_cast<size_t>(shape.deterministic_size + shape.stochastic_size);
+  if (shape.plan_horizon > 0) numbers += static_cast<size_t>(shape.plan_horizon * shape.action_size);
+  return kFixedBytes + (shape.plan_horizon > 0 ? kPlanHeaderBytes : 0) + shape.model.size() + sizeof(float) * numbers;
+}
+
 absl::Status CheckUndamaged(absl::string_view token, const BeliefShape& expected) {
-  const size_t usual = kFixedBytes + expected.model.size() +
-                       sizeof(float) * static_cast<size_t>(expected.deterministic_size + expected.stochastic_size);
+  const size_t usual = UsualBytes(expected);
   if (token.size() < kFixedBytes) {
     return absl::InvalidArgumentError(
         absl::StrCat("belief has the wrong size: ", token.size(), " bytes, expected ", usual, " for this model"));
@@ -129,10 +154,12 @@ absl::StatusOr<std::string> SerializeBelief(const Belief& belief) {
                                                    " bytes, expected at most ", kMaxNameBytes));
   }
   RETURN_IF_ERROR(CheckNumbers(belief));
+  ASSIGN_OR_RETURN(const size_t action_size, PlanActionSize(belief));
   std::string out;
-  out.reserve(kFixedBytes + belief.model.size() + sizeof(float) * (belief.deter.size() + belief.stoch.size()));
+  out.reserve(kFixedBytes + kPlanHeaderBytes + belief.model.size() +
+              sizeof(float) * (belief.deter.size() + belief.stoch.size() + belief.plan.size()));
   out.append(kMagic.data(), kMagic.size());
-  Put(out, kFormat);
+  Put(out, belief.plan.empty() ? kWithoutPlan : kWithPlan);
   Put(out, static_cast<uint8_t>(belief.model.size()));
   out.append(belief.model);
   Put(out, belief.structure_hash);
@@ -140,8 +167,13 @@ absl::StatusOr<std::string> SerializeBelief(const Belief& belief) {
   Put(out, belief.version.counter);
   Put(out, static_cast<uint32_t>(belief.deter.size()));
   Put(out, static_cast<uint32_t>(belief.stoch.size()));
+  if (!belief.plan.empty()) {
+    Put(out, static_cast<uint32_t>(belief.plan_horizon));
+    Put(out, static_cast<uint32_t>(action_size));
+  }
   PutFloats(out, belief.deter);
   PutFloats(out, belief.stoch);
+  PutFloats(out, belief.plan);
   Put(out, Checksum(out));
   return out;
 }
@@ -149,9 +181,10 @@ absl::StatusOr<std::string> SerializeBelief(const Belief& belief) {
 absl::StatusOr<Belief> ParseBelief(absl::string_view token, const BeliefShape& expected) {
   RETURN_IF_ERROR(CheckUndamaged(token, expected));
   Reader reader(token.substr(kMagic.size(), token.size() - kMagic.size() - sizeof(uint32_t)));
-  if (const int format = reader.Get<uint8_t>(); format != kFormat) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("belief of format ", format, ", expected ", int{kFormat}, ": begin a new belief"));
+  const int format = reader.Get<uint8_t>();
+  if (format != kWithoutPlan && format != kWithPlan) {
+    return absl::FailedPreconditionError(absl::StrCat("belief of format ", format, ", expected ", int{kWithoutPlan}, " or ",
+                                                      int{kWithPlan}, ": begin a new belief"));
   }
   Belief belief;
   belief.model = reader.GetBytes(reader.Get<uint8_t>());
@@ -160,17 +193,31 @@ absl::StatusOr<Belief> ParseBelief(absl::string_view token, const BeliefShape& e
   belief.version.counter = reader.Get<int64_t>();
   const uint32_t d = reader.Get<uint32_t>();
   const uint32_t s = reader.Get<uint32_t>();
+  const uint32_t h = format == kWithPlan ? reader.Get<uint32_t>() : 0;
+  const uint32_t a = format == kWithPlan ? reader.Get<uint32_t>() : 0;
   if (reader.ok()) RETURN_IF_ERROR(CheckOrigin(belief, expected));
-  const size_t numbers = static_cast<size_t>(d) + s;
+  if (format == kWithPlan && (h < 1 || h > kMaxHorizon || a != static_cast<uint32_t>(expected.action_size))) {
+    return absl::InvalidArgumentError(absl::StrCat("belief has a plan of ", h, " × ", a, " numbers, expected 1 to ",
+                                                   kMaxHorizon, " × ", expected.action_size));
+  }
+  const size_t plan_size = static_cast<size_t>(h) * a;
+  const size_t numbers = static_cast<size_t>(d) + s + plan_size;
   if (!reader.ok() || d != static_cast<uint32_t>(expected.deterministic_size) ||
       s != static_cast<uint32_t>(expected.stochastic_size) || reader.left() != numbers * sizeof(float)) {
     return absl::InvalidArgumentError(absl::StrCat("belief has the wrong size: ", token.size(), " bytes for ", d, " + ", s,
                                                    " numbers, expected ", expected.deterministic_size, " + ",
-                                                   expected.stochastic_size));
+                                                   expected.stochastic_size,
+                                                   plan_size > 0 ? absl::StrCat(" beside a plan of ", plan_size) : ""));
   }
   belief.deter = reader.GetFloats(d);
   belief.stoch = reader.GetFloats(s);
+  belief.plan = reader.GetFloats(plan_size);
+  belief.plan_horizon = h;
   RETURN_IF_ERROR(CheckNumbers(belief));
+  if (belief.plan_horizon != expected.plan_horizon) {
+    belief.plan_horizon = 0;
+    belief.plan.clear();
+  }
   return belief;
 }
 

@@ -18,6 +18,8 @@ struct Belief {
   SnapshotVersion version;      // of those parameters
   std::vector<float> deter;     // [D], each in [-1, 1]
   std::vector<float> stoch;     // [S]
+  int64_t plan_horizon = 0;     // H, 0 to 256; 0: no plan
+  std::vector<float> plan;      // [H, A] from which the next search begins, each in [-1, 1]
 };
 
 // What a belief must fit.
@@ -26,15 +28,19 @@ struct BeliefShape {
   uint64_t structure_hash = 0;
   int deterministic_size = 0;
   int stochastic_size = 0;
+  int action_size = 0;
+  int64_t plan_horizon = 0;  // of the plans that are wanted; 0: none are
 };
 
-// Little endian: "OBLF", u8 format (1), u8 length of the name, name, u64 structure hash, i64 generation, i64 counter,
-// u32 D, u32 S, D and S float32, u32 CRC-32 of everything before. INVALID_ARGUMENT: a number is not finite or the
-// deterministic state leaves [-1, 1], which no recurrent cell started at zero does.
+// Little endian: "OBLF", u8 format, u8 length of the name, name, u64 structure hash, i64 generation, i64 counter, u32 D,
+// u32 S, D and S float32, u32 CRC-32 of everything before. Format 1 is that; format 2, with a plan, has u32 H and u32 A
+// after S and H · A float32 after the states. INVALID_ARGUMENT: a number is not finite, the deterministic state leaves
+// [-1, 1], which no recurrent cell started at zero does, or the plan does or has another size than it says.
 absl::StatusOr<std::string> SerializeBelief(const Belief& belief);
 
 // INVALID_ARGUMENT: damaged, of the wrong size, or numbers that no model could have made. FAILED_PRECONDITION: of another
-// model, structure or format; begin a new belief. Never trusts a length: `token` comes from the network.
+// model, structure or format; begin a new belief. A plan of another horizon than the one wanted is checked and left out.
+// Never trusts a length: `token` comes from the network.
 absl::StatusOr<Belief> ParseBelief(absl::string_view token, const BeliefShape& expected);
 
 }  // namespace orrery

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <cstring>
 #include <map>
 #include <utility>
 
@@ -36,23 +35,28 @@ Array ExpectedShape(const config::v1::Modality& modality) {
 
 std::string Describe(const Array& array) { return absl::StrCat(Name(array.dtype), " ", ShapeString(array.shape)); }
 
+std::string ModalityNames(const config::v1::Model& model) {
+  return absl::StrJoin(model.modalities(), ", ", [](std::string* out, const config::v1::Modality& m) {
+    absl::StrAppend(out, "\"", m.name(), "\"");
+  });
+}
+
 absl::Status CheckObservations(const config::v1::Model& model, const ArrayMap& observations, absl::string_view what) {
   for (const auto& [name, array] : observations) {
     const bool known = std::any_of(model.modalities().begin(), model.modalities().end(),
                                    [&n = name](const config::v1::Modality& m) { return m.name() == n; });
     if (known) continue;
-    return absl::InvalidArgumentError(absl::StrCat(
-        what, ".observations: unknown modality \"", name, "\", expected ",
-        absl::StrJoin(model.modalities(), ", ",
-                      [](std::string* out, const config::v1::Modality& m) { absl::StrAppend(out, "\"", m.name(), "\""); })));
+    return absl::InvalidArgumentError(
+        absl::StrCat(what, ".observations: unknown modality \"", name, "\", expected ", ModalityNames(model)));
+  }
+  if (observations.empty()) {
+    return absl::InvalidArgumentError(absl::StrCat(what, ".observations is empty, expected at least one modality: ",
+                                                   ModalityNames(model)));
   }
   for (const config::v1::Modality& modality : model.modalities()) {
     const Array expected = ExpectedShape(modality);
     const auto it = observations.find(modality.name());
-    if (it == observations.end()) {
-      return absl::InvalidArgumentError(absl::StrCat(what, ".observations: modality \"", modality.name(),
-                                                     "\" is missing, expected ", Describe(expected)));
-    }
+    if (it == observations.end()) continue;  // nothing of it is known at this step
     const Array& array = it->second;
     if (array.dtype != expected.dtype || array.shape != expected.shape) {
       return absl::InvalidArgumentError(absl::StrCat(what, ".observations \"", modality.name(), "\" is ", Describe(array),
@@ -95,14 +99,33 @@ absl::Status CheckAction(const config::v1::Model& model, const std::vector<float
   return absl::OkStatus();
 }
 
+absl::Status CheckValidActions(const config::v1::Model& model, const std::vector<uint8_t>& valid, absl::string_view what) {
+  if (valid.empty()) return absl::OkStatus();
+  if (!IsDiscrete(model)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(what, ".valid_actions has ", valid.size(), " values, expected none: the action is continuous"));
+  }
+  const int size = ActionSize(model);
+  if (valid.size() != static_cast<size_t>(size)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(what, ".valid_actions has ", valid.size(), " values, expected ", size, " (or none: all are valid)"));
+  }
+  if (std::any_of(valid.begin(), valid.end(), [](uint8_t v) { return v != 0; })) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(what, ".valid_actions allows no action, expected at least one"));
+}
+
 torch::Generator MakeGenerator(uint64_t seed) { return at::make_generator<at::CPUGeneratorImpl>(seed); }
 
 // The inputs of a batch as tensors, and what is drawn for each slot before it is computed.
 struct BatchTensors {
-  TensorMap observations;      // preprocessed, [N, …]
-  LatentState belief;          // [N, D], [N, S]
-  torch::Tensor action;        // [N, A]
-  torch::Tensor noise;         // [N, S] standard normal
+  TensorMap observations;       // preprocessed, [N, …]; zeros where a slot has none
+  TensorMap available;          // [N] bool of the modalities that some slot lacks
+  LatentState belief;           // [N, D], [N, S]
+  torch::Tensor action;         // [N, A]
+  torch::Tensor noise;          // [N, S] standard normal
+  torch::Tensor previous_plan;  // [N, H, A]; undefined: the planner takes none
+  torch::Tensor has_previous;   // [N] bool, beside previous_plan
+  torch::Tensor valid_actions;  // [N, A] bool; undefined: all are valid
   std::vector<uint64_t> plan_seeds;
   std::vector<torch::Generator> generators;  // one per slot, for what is drawn later
 };
@@ -111,13 +134,41 @@ struct BatchTensors {
 void AppendObservations(const WorldModel& model, const SlotInput& slot, torch::Generator& generator,
                         std::map<std::string, std::vector<torch::Tensor>>& out) {
   TensorMap stored;
-  for (const auto& [name, array] : slot.observations) stored[name] = ToTorch(array).unsqueeze(0);
+  for (const config::v1::Modality& modality : model.config().modalities()) {
+    const auto seen = slot.observations.find(modality.name());
+    const Array shape = ExpectedShape(modality);
+    stored[modality.name()] =
+        ToTorch(seen != slot.observations.end() ? seen->second : Array::Zeros(shape.dtype, shape.shape)).unsqueeze(0);
+  }
   for (auto& [name, tensor] : model.Preprocess(stored, generator)) out[name].push_back(tensor);
 }
 
+// [N] bool of each modality that some slot lacks.
+TensorMap Available(const config::v1::Model& model, absl::Span<const SlotInput* const> slots) {
+  TensorMap available;
+  for (const config::v1::Modality& modality : model.modalities()) {
+    torch::Tensor there = torch::ones({static_cast<int64_t>(slots.size())}, torch::kBool);
+    for (size_t i = 0; i < slots.size(); ++i)
+      there.data_ptr<bool>()[i] = slots[i]->observations.count(modality.name()) > 0;
+    if (!there.all().item<bool>()) available[modality.name()] = there;
+  }
+  return available;
+}
+
 void CopyRow(torch::Tensor& rows, size_t row, const std::vector<float>& values) {
-  std::memcpy(rows.data_ptr<float>() + row * static_cast<size_t>(rows.size(1)), values.data(),
-              values.size() * sizeof(float));
+  std::copy(values.begin(), values.end(), rows.data_ptr<float>() + row * static_cast<size_t>(rows.size(1)));
+}
+
+// [N, A] bool; undefined where no slot restricts its action.
+torch::Tensor ValidActions(absl::Span<const SlotInput* const> slots, int64_t size) {
+  if (std::all_of(slots.begin(), slots.end(), [](const SlotInput* slot) { return slot->valid_actions.empty(); })) return {};
+  torch::Tensor valid = torch::ones({static_cast<int64_t>(slots.size()), size}, torch::kBool);
+  for (size_t i = 0; i < slots.size(); ++i) {
+    const std::vector<uint8_t>& choices = slots[i]->valid_actions;
+    bool* row = valid.data_ptr<bool>() + i * static_cast<size_t>(size);
+    for (size_t a = 0; a < choices.size(); ++a) row[a] = choices[a] != 0;
+  }
+  return valid;
 }
 
 absl::StatusOr<BatchTensors> MakeTensors(const ServedModel& served, absl::Span<const SlotInput* const> slots,
@@ -128,6 +179,8 @@ absl::StatusOr<BatchTensors> MakeTensors(const ServedModel& served, absl::Span<c
   BatchTensors batch;
   batch.belief = {torch::zeros({n, model.deterministic_size()}), torch::zeros({n, model.stochastic_size()})};
   batch.action = torch::zeros({n, model.action_size()});
+  torch::Tensor plans = torch::zeros({n, shape.plan_horizon * model.action_size()});
+  torch::Tensor has_plan = torch::zeros({n}, torch::kBool);
   std::map<std::string, std::vector<torch::Tensor>> observations;
   std::vector<torch::Tensor> noise;
   for (size_t i = 0; i < slots.size(); ++i) {
@@ -136,6 +189,8 @@ absl::StatusOr<BatchTensors> MakeTensors(const ServedModel& served, absl::Span<c
       ASSIGN_OR_RETURN(const Belief belief, ParseBelief(slot.belief, shape));
       CopyRow(batch.belief.deter, i, belief.deter);
       CopyRow(batch.belief.stoch, i, belief.stoch);
+      CopyRow(plans, i, belief.plan);
+      has_plan.data_ptr<bool>()[i] = !belief.plan.empty();
       belief_lag.Observe(static_cast<double>(std::max<int64_t>(0, served.version.counter - belief.version.counter)));
     }
     CopyRow(batch.action, i, slot.previous_action);
@@ -145,17 +200,36 @@ absl::StatusOr<BatchTensors> MakeTensors(const ServedModel& served, absl::Span<c
     noise.push_back(torch::randn({model.stochastic_size()}, batch.generators.back()));
   }
   for (auto& [name, rows] : observations) batch.observations[name] = torch::cat(rows).to(device);
+  for (auto& [name, there] : Available(model.config(), slots)) batch.available[name] = there.to(device);
   batch.belief = {batch.belief.deter.to(device), batch.belief.stoch.to(device)};
   batch.action = batch.action.to(device);
   batch.noise = torch::stack(noise).to(device);
+  if (shape.plan_horizon > 0) {
+    batch.previous_plan = plans.view({n, shape.plan_horizon, model.action_size()}).to(device);
+    batch.has_previous = has_plan.to(device);
+  }
+  batch.valid_actions = ValidActions(slots, model.action_size());
+  if (batch.valid_actions.defined()) batch.valid_actions = batch.valid_actions.to(device);
   return batch;
 }
 
+// A uniformly random valid choice.
+int64_t RandomChoice(const SlotInput& slot, int64_t size, torch::Generator& generator) {
+  std::vector<int64_t> valid;
+  for (int64_t a = 0; a < size; ++a) {
+    if (slot.valid_actions.empty() || slot.valid_actions[static_cast<size_t>(a)] != 0) valid.push_back(a);
+  }
+  const auto choices = static_cast<int64_t>(valid.size());
+  return valid[static_cast<size_t>(torch::randint(choices, {1}, generator, torch::kInt64).item<int64_t>())];
+}
+
 // The action as it is executed: with exploration, inside its range.
-std::vector<float> Explore(const config::v1::Model& model, torch::Tensor action, float noise, torch::Generator& generator) {
+std::vector<float> Explore(const config::v1::Model& model, torch::Tensor action, const SlotInput& slot,
+                           torch::Generator& generator) {
+  const float noise = slot.exploration_noise;
   if (IsDiscrete(model)) {
     if (noise > 0 && torch::rand({1}, generator).item<float>() < noise) {
-      const int64_t choice = torch::randint(action.size(0), {1}, generator, torch::kInt64).item<int64_t>();
+      const int64_t choice = RandomChoice(slot, action.size(0), generator);
       action = torch::zeros_like(action);
       action[choice] = 1;
     }
@@ -176,16 +250,28 @@ bool AllFinite(const std::vector<float>& values) {
   return std::all_of(values.begin(), values.end(), [](float v) { return std::isfinite(v); });
 }
 
-absl::StatusOr<SlotOutput> MakeOutput(const ServedModel& served, const LatentState& state, const PlanResult& plan, int64_t i,
+// What a batch computed, on the CPU.
+struct BatchResults {
+  LatentState state;               // [N, D], [N, S]
+  torch::Tensor action;            // [N, A]
+  torch::Tensor predicted_return;  // [N]
+  torch::Tensor next_plan;         // [N, H · A], what the next call begins from; undefined: the planner wants none
+};
+
+absl::StatusOr<SlotOutput> MakeOutput(const ServedModel& served, const BatchResults& results, int64_t i,
                                       const SlotInput& slot, torch::Generator& generator) {
-  Belief belief{served.name, served.structure_hash, served.version, Row(state.deter, i), Row(state.stoch, i)};
+  Belief belief{served.name, served.structure_hash, served.version, Row(results.state.deter, i), Row(results.state.stoch, i)};
+  if (results.next_plan.defined()) {
+    belief.plan_horizon = served.planner->warm_start_horizon();
+    belief.plan = Row(results.next_plan, i);
+  }
   SlotOutput out;
   ASSIGN_OR_RETURN(out.belief, SerializeBelief(belief));
-  out.action = Explore(served.model->config(), plan.action[i], slot.exploration_noise, generator);
+  out.action = Explore(served.model->config(), results.action[i], slot, generator);
   if (!AllFinite(out.action)) {
     return absl::InvalidArgumentError("the planned action is not finite for this observation");
   }
-  out.predicted_return = plan.predicted_return[i].item<float>();
+  out.predicted_return = results.predicted_return[i].item<float>();
   return out;
 }
 
@@ -197,6 +283,7 @@ absl::Status CheckSlot(const ServedModel& served, const SlotInput& slot, absl::s
   const config::v1::Model& model = served.model->config();
   RETURN_IF_ERROR(CheckObservations(model, slot.observations, what));
   RETURN_IF_ERROR(CheckAction(model, slot.previous_action, what));
+  RETURN_IF_ERROR(CheckValidActions(model, slot.valid_actions, what));
   const float most = IsDiscrete(model) ? 1 : kMaxNoise;
   if (!(slot.exploration_noise >= 0 && slot.exploration_noise <= most)) {
     return absl::InvalidArgumentError(
@@ -226,20 +313,19 @@ absl::StatusOr<Outputs> InferenceEngine::Run(const ServedModel& served, absl::Sp
     c10::InferenceMode inference;
     const WorldModel& model = *served.model;
     ASSIGN_OR_RETURN(BatchTensors batch, MakeTensors(served, slots, device_, belief_lag_));
-    LatentState state;
-    state.deter = model.Transition(batch.belief, batch.action);
-    const Gaussian posterior = model.Posterior(state.deter, model.Encode(batch.observations));
-    state.stoch = posterior.mean + posterior.std * batch.noise;
-    ASSIGN_OR_RETURN(PlanResult plan, served.planner->Plan(model, state, batch.plan_seeds));
+    const Predicted predicted = model.Predict(batch.belief, batch.action);
+    const LatentDistribution posterior = model.Posterior(predicted, model.Encode(batch.observations, batch.available));
+    const LatentState state{predicted.deter, model.latents().Sample(posterior, batch.noise)};
+    ASSIGN_OR_RETURN(const PlanResult plan, served.planner->Plan(model, {state, batch.plan_seeds, batch.previous_plan,
+                                                                         batch.has_previous, batch.valid_actions}));
     non_finite_plans_.Increment(static_cast<double>(plan.non_finite_plans));
-    plan.action = ToHost(plan.action);
-    plan.predicted_return = ToHost(plan.predicted_return);
-    const LatentState host{ToHost(state.deter), ToHost(state.stoch)};
+    BatchResults results{{ToHost(state.deter), ToHost(state.stoch)}, ToHost(plan.action), ToHost(plan.predicted_return), {}};
+    if (batch.previous_plan.defined()) results.next_plan = ToHost(ShiftPlan(plan.mean).flatten(1));
     Outputs outputs;
     outputs.reserve(slots.size());
     for (size_t i = 0; i < slots.size(); ++i) {
       outputs.push_back(
-          MakeOutput(served, host, plan, static_cast<int64_t>(i), *slots[i], batch.generators[i]));
+          MakeOutput(served, results, static_cast<int64_t>(i), *slots[i], batch.generators[i]));
     }
     compute_seconds_.Observe(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
     return outputs;

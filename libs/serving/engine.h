@@ -25,7 +25,8 @@ struct SlotInput {
   std::vector<float> previous_action;  // [A], or empty: zeros
   std::string belief;                  // a token, or empty: a new belief
   float exploration_noise = 0;
-  uint64_t seed = 0;  // of everything random in this slot
+  uint64_t seed = 0;                   // of everything random in this slot
+  std::vector<uint8_t> valid_actions;  // [A] of 0 and 1, discrete only; empty: all are valid
 };
 
 struct SlotOutput {

@@ -16,6 +16,7 @@ namespace {
 
 using ::testing::AllOf;
 using ::testing::Each;
+using ::testing::ElementsAre;
 using ::testing::Ge;
 using ::testing::HasSubstr;
 using ::testing::Le;
@@ -114,7 +115,7 @@ TEST_F(EngineTest, DoesWhatTheModelSays) {
   torch::NoGradGuard no_grad;
   const LatentState state{torch::tensor(before.deter).unsqueeze(0), torch::tensor(before.stoch).unsqueeze(0)};
   const torch::Tensor deter =
-      served_->model->Transition(state, torch::tensor(second.previous_action).unsqueeze(0)).squeeze(0);
+      served_->model->Predict(state, torch::tensor(second.previous_action).unsqueeze(0)).deter.squeeze(0);
   for (size_t k = 0; k < after.deter.size(); ++k) {
     EXPECT_NEAR(after.deter[k], deter[static_cast<int64_t>(k)].item<float>(), 1e-6);
   }
@@ -158,7 +159,9 @@ TEST_F(EngineTest, ChecksEveryInputOfASlot) {
   slot.observations["image"] = Array::Zeros(DType::kFloat32, {32, 32, 3});
   refuse(slot, "slots[3].observations \"image\" is float32 [32, 32, 3], expected uint8 [32, 32, 3]");
   slot.observations.erase("image");
-  refuse(slot, "slots[3].observations: modality \"image\" is missing, expected uint8 [32, 32, 3]");
+  EXPECT_OK(Check(slot)) << "what is missing is not known at this step";
+  slot.observations.clear();
+  refuse(slot, "slots[3].observations is empty, expected at least one modality: \"image\", \"joints\"");
   slot = NewSlot(1);
   slot.observations["image"].bytes.pop_back();
   refuse(slot, "slots[3].observations \"image\"");
@@ -216,19 +219,94 @@ TEST_F(EngineTest, WarmsUp) {
   EXPECT_OK(engine_.WarmUp(*served_));
 }
 
+TEST_F(EngineTest, TakesNoValidActionsForAContinuousAction) {
+  Serve(TinySnapshot(1));
+  SlotInput slot = NewSlot(1);
+  slot.valid_actions = {1, 1};
+  EXPECT_THAT(Check(slot), StatusIs(absl::StatusCode::kInvalidArgument,
+                                    HasSubstr("slots[3].valid_actions has 2 values, expected none: the action is continuous")));
+}
+
+// A planner that begins from the plan of the call before.
+class WarmStartTest : public EngineTest {
+ protected:
+  void ServeHorizon(int64_t counter, int horizon) {
+    config::v1::Planner planner = TinyPlanner();
+    planner.mutable_cem()->set_warm_start(true);
+    planner.mutable_cem()->set_horizon(horizon);
+    Serve(TinySnapshot(counter, /*seed=*/1, TinyModel(), planner));
+  }
+  Belief Parse(const std::string& token) {
+    const absl::StatusOr<Belief> belief = ParseBelief(token, served_->belief_shape());
+    EXPECT_OK(belief);
+    return belief.value_or(Belief());
+  }
+  // The slot with its belief's plan taken out.
+  SlotInput WithoutPlan(SlotInput slot) {
+    Belief belief = Parse(slot.belief);
+    belief.plan_horizon = 0;
+    belief.plan.clear();
+    slot.belief = SerializeBelief(belief).value();
+    return slot;
+  }
+};
+
+TEST_F(WarmStartTest, ThePlanTravelsInTheBelief) {
+  ServeHorizon(1, 4);
+  const Outputs first = Run({NewSlot(1)});
+  ASSERT_OK(first[0]);
+  const Belief belief = Parse(first[0]->belief);
+  EXPECT_EQ(belief.plan_horizon, 4);
+  ASSERT_THAT(belief.plan, SizeIs(4 * 2));
+  EXPECT_EQ(belief.plan[6], belief.plan[4]) << "the last action is repeated";
+  EXPECT_EQ(belief.plan[7], belief.plan[5]);
+  const SlotInput next = NextSlot(*first[0], 2);
+  ASSERT_OK(Check(next));
+  const Outputs warm = Run({next}), cold = Run({WithoutPlan(next)});
+  ASSERT_OK(warm[0]);
+  ASSERT_OK(cold[0]);
+  EXPECT_NE(warm[0]->action, cold[0]->action);
+  const Belief one = Parse(warm[0]->belief), other = Parse(cold[0]->belief);
+  EXPECT_EQ(one.deter, other.deter);
+  EXPECT_EQ(one.stoch, other.stoch);
+  EXPECT_NE(one.plan, other.plan);
+}
+
+TEST_F(WarmStartTest, AnswersASlotInABatchAsAloneWhetherItHasAPlanOrNot) {
+  ServeHorizon(1, 4);
+  const Outputs first = Run({NewSlot(1), NewSlot(2)});
+  const std::vector<SlotInput> slots = {NextSlot(*first[0], 3), WithoutPlan(NextSlot(*first[1], 4)), NewSlot(5)};
+  const Outputs together = Run(slots);
+  for (size_t i = 0; i < slots.size(); ++i) {
+    const Outputs alone = Run({slots[i]});
+    ASSERT_OK(together[i]);
+    for (size_t a = 0; a < 2; ++a) EXPECT_NEAR(together[i]->action[a], alone[0]->action[a], 1e-5) << i;
+  }
+}
+
+TEST_F(WarmStartTest, BeginsAnewWhenThePlannerHasChanged) {
+  ServeHorizon(1, 4);
+  const Outputs first = Run({NewSlot(1)});
+  const SlotInput next = NextSlot(*first[0], 2), without = WithoutPlan(next);
+  ServeHorizon(2, 5);
+  ASSERT_OK(Check(next));
+  EXPECT_EQ(Run({next})[0]->action, Run({without})[0]->action) << "a plan of another horizon";
+  Serve(TinySnapshot(3));
+  ASSERT_OK(Check(next));
+  const Outputs cold = Run({next});
+  EXPECT_EQ(cold[0]->action, Run({without})[0]->action) << "a planner that wants none";
+  EXPECT_EQ(cold[0]->belief[4], 1) << "and makes none";
+}
+
 class DiscreteEngineTest : public EngineTest {
  protected:
-  void SetUp() override {
-    config::v1::Model model = TinyModel();
-    model.mutable_action()->mutable_discrete()->set_size(3);
-    SnapshotInfo info;
-    info.model = model;
-    info.planner.mutable_random();
-    info.counter = 1;
-    ASSERT_OK_AND_ASSIGN(const std::shared_ptr<WorldModel> made, WorldModel::Create(model, 1));
-    ASSERT_OK_AND_ASSIGN(const std::string file, SerializeSnapshot(*made, info));
-    Serve(file);
+  void SetUp() override { ServePlanner("random {}"); }
+  void ServePlanner(const std::string& text) {
+    ASSERT_OK_AND_ASSIGN(const config::v1::Planner planner, ParsePlanner(text));
+    Serve(TinySnapshot(++counter_, /*seed=*/1, TinyDiscreteModel(), planner));
   }
+
+  int64_t counter_ = 0;
 };
 
 TEST_F(DiscreteEngineTest, AnswersOneHotWithAndWithoutExploration) {
@@ -245,6 +323,63 @@ TEST_F(DiscreteEngineTest, AnswersOneHotWithAndWithoutExploration) {
     chosen.insert(static_cast<size_t>(std::find(action.begin(), action.end(), 1.0f) - action.begin()));
   }
   EXPECT_THAT(chosen, SizeIs(3));
+}
+
+TEST_F(DiscreteEngineTest, KeepsToTheValidActions) {
+  for (const char* planner : {"random {}", "cem { horizon: 2 iterations: 2 candidates: 16 elites: 4 warm_start: true }",
+                              "genetic { horizon: 2 generations: 3 population: 4 simulations: 2 }",
+                              "random_shooting { horizon: 2 candidates: 16 }"}) {
+    ServePlanner(planner);
+    std::set<size_t> chosen;
+    for (uint64_t seed = 0; seed < 40; ++seed) {
+      SlotInput slot = NewSlot(seed);
+      slot.exploration_noise = seed % 2 == 0 ? 1.0f : 0.0f;
+      slot.valid_actions = {1, 0, 1};
+      ASSERT_OK(Check(slot));
+      const Outputs outputs = Run({slot});
+      ASSERT_OK(outputs[0]);
+      const std::vector<float>& action = outputs[0]->action;
+      chosen.insert(static_cast<size_t>(std::find(action.begin(), action.end(), 1.0f) - action.begin()));
+      // The plan that the belief may carry must not lead to what is valid no longer.
+      SlotInput next = NextSlot(*outputs[0], seed + 100);
+      next.valid_actions = {0, 1, 0};
+      const Outputs after = Run({next});
+      ASSERT_OK(after[0]);
+      EXPECT_EQ(after[0]->action, std::vector<float>({0, 1, 0})) << planner;
+    }
+    EXPECT_THAT(chosen, ElementsAre(0u, 2u)) << planner;
+  }
+}
+
+TEST_F(DiscreteEngineTest, OnlyTheSlotWithAMaskIsMasked) {
+  std::set<size_t> chosen;
+  for (uint64_t seed = 0; seed < 40; ++seed) {
+    SlotInput masked = NewSlot(seed);
+    masked.valid_actions = {0, 0, 1};
+    const Outputs outputs = Run({masked, NewSlot(seed)});
+    ASSERT_OK(outputs[0]);
+    ASSERT_OK(outputs[1]);
+    EXPECT_EQ(outputs[0]->action, std::vector<float>({0, 0, 1}));
+    const std::vector<float>& action = outputs[1]->action;
+    chosen.insert(static_cast<size_t>(std::find(action.begin(), action.end(), 1.0f) - action.begin()));
+    EXPECT_EQ(Run({NewSlot(seed)})[0]->action, action) << "as alone";
+  }
+  EXPECT_THAT(chosen, SizeIs(3));
+}
+
+TEST_F(DiscreteEngineTest, ChecksValidActions) {
+  const auto invalid = [this](const SlotInput& slot, const char* message) {
+    EXPECT_THAT(Check(slot), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(message)));
+  };
+  SlotInput slot = NewSlot(1);
+  slot.valid_actions = {0, 0, 1};
+  EXPECT_OK(Check(slot));
+  slot.valid_actions = {0, 0, 0};
+  invalid(slot, "slots[3].valid_actions allows no action, expected at least one");
+  slot.valid_actions = {1, 1};
+  invalid(slot, "slots[3].valid_actions has 2 values, expected 3");
+  slot.valid_actions = {1, 1, 1, 1};
+  invalid(slot, "slots[3].valid_actions has 4 values, expected 3");
 }
 
 TEST_F(DiscreteEngineTest, ChecksOneHotActions) {

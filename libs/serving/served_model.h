@@ -22,7 +22,12 @@ struct ServedModel {
   uint64_t structure_hash = 0;
 
   BeliefShape belief_shape() const {
-    return {name, structure_hash, model->deterministic_size(), model->stochastic_size()};
+    return {name,
+            structure_hash,
+            model->deterministic_size(),
+            model->stochastic_size(),
+            model->action_size(),
+            planner->warm_start_horizon()};
   }
 };
 

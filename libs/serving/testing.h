@@ -43,11 +43,19 @@ inline config::v1::Planner TinyPlanner() {
   return planner;
 }
 
+// TinyModel with three choices instead of two numbers.
+inline config::v1::Model TinyDiscreteModel() {
+  config::v1::Model model = TinyModel();
+  model.mutable_action()->mutable_discrete()->set_size(3);
+  return model;
+}
+
 // A whole snapshot file with parameters drawn from `seed`.
-inline std::string TinySnapshot(int64_t counter, uint64_t seed = 1, const config::v1::Model& model = TinyModel()) {
+inline std::string TinySnapshot(int64_t counter, uint64_t seed = 1, const config::v1::Model& model = TinyModel(),
+                                const config::v1::Planner& planner = TinyPlanner()) {
   SnapshotInfo info;
   info.model = model;
-  info.planner = TinyPlanner();
+  info.planner = planner;
   info.run = "tiny";
   info.generation = 1;
   info.counter = counter;

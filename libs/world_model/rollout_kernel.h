@@ -40,6 +40,7 @@ struct RolloutArrays {
   const float* stoch = nullptr;    // [agents, S]
   const float* actions = nullptr;  // [horizon, agents, candidates, A]
   const float* noise = nullptr;    // [horizon, agents, candidates, S]: standard normals
+  float discount = 1;              // of the k-th reward: discount^k
   float* returns = nullptr;        // [agents, candidates]: sums of the predicted rewards
 };
 

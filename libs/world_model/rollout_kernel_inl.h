@@ -189,7 +189,8 @@ void RollBlock(const RolloutModel& m, const RolloutArrays& arrays, int64_t agent
   spread(arrays.stoch + agent * m.stoch, m.stoch, given);
   Put(given, m.stoch, s);
   Vec total[kVectors] = {};
-  for (int64_t t = 0; t < arrays.horizon; ++t) {
+  float weight = 1;
+  for (int64_t t = 0; t < arrays.horizon; ++t, weight *= arrays.discount) {
     Transpose(arrays.actions + (t * all + row) * m.action, rows, m.action, given);
     Put(given, m.action, action);
     Apply(m.input, s, raw);
@@ -211,7 +212,7 @@ void RollBlock(const RolloutModel& m, const RolloutArrays& arrays, int64_t agent
       Apply(m.reward[i], i == 0 ? h : inner, raw);
       if (i + 1 < m.reward_layers) PutActivated(m.activation, raw, m.reward[i].outputs, inner);
     }
-    for (int v = 0; v < kVectors; ++v) total[v] += Load(raw + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) total[v] += weight * Load(raw + v * kLanes);
   }
   float returns[kRows];
   for (int v = 0; v < kVectors; ++v) Store(returns + v * kLanes, total[v]);

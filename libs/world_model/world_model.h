@@ -1,6 +1,7 @@
-// The latent world model: encoders, RSSM, decoders, reward head (docs/model.md gives formulas and sources).
+// The latent world model: encoders, latent dynamics, decoders, heads (docs/model.md gives formulas and sources).
 //
-// Shapes: T rows, B sequences, N = any leading batch, D deterministic, S stochastic, E embedding, A action. float32.
+// Shapes: T rows, B sequences, N = any leading batch, D deterministic (SSM: 0), S stochastic, E embedding, M modalities in the
+// order of their names, A action. float32.
 #pragma once
 
 #include <torch/torch.h>
@@ -12,6 +13,7 @@
 
 #include "absl/status/statusor.h"
 #include "libs/config/config.h"
+#include "libs/world_model/latents.h"
 #include "libs/world_model/parallel_rows.h"
 #include "libs/world_model/rollout.h"
 
@@ -19,16 +21,22 @@ namespace orrery {
 
 using TensorMap = std::map<std::string, torch::Tensor>;
 
-// Diagonal Gaussian.
-struct Gaussian {
-  torch::Tensor mean;  // [N, S]
-  torch::Tensor std;   // [N, S]
-};
-
 // Latent state of N agents.
 struct LatentState {
   torch::Tensor deter;  // [N, D]
   torch::Tensor stoch;  // [N, S]
+};
+
+// What is expected after an action, before anything is seen.
+struct Predicted {
+  torch::Tensor deter;       // [N, D]
+  LatentDistribution prior;  // [N, S]
+};
+
+// Encoded observations.
+struct Embedding {
+  torch::Tensor value;      // [N, E]: the modalities' embeddings in the order of their names, zeros for what is missing
+  torch::Tensor available;  // [M, N] bool: what is there; undefined: everything
 };
 
 // A training batch on the model's device.
@@ -37,26 +45,37 @@ struct Batch {
   torch::Tensor action;     // [T, B, A]: led to row t
   torch::Tensor reward;     // [T, B]
   torch::Tensor is_first;   // [T, B] uint8
+  torch::Tensor is_terminal = {};  // [T, B] uint8; needed with a continue head only
+  TensorMap available = {};        // [T, B] uint8 by modality: it is there at this row; everywhere where there is no entry
 };
 
-// Standard normals that the loss consumes. Undefined `overshooting` when the configured distance is below 2.
+// What the loss draws: standard normals, and uniform numbers in [0, 1).
 struct LossNoise {
-  torch::Tensor posterior;     // [T, B, S]
-  torch::Tensor overshooting;  // [distance + 1, T, B, S]; [k, t]: k-th open-loop step that lands on row t
+  torch::Tensor posterior;     // [T, B, S] normal
+  torch::Tensor overshooting;  // [distance + 1, T, B, S] normal; [k, t]: k-th open-loop step that lands on row t. The larger
+                               // of the configured distances; undefined when none is on
+  torch::Tensor component = {};  // [T, B] uniform: chooses among a mixture's components; undefined for other posteriors
+  torch::Tensor dropout = {};    // [T, B, M] uniform: below modality_dropout the modality is hidden; undefined: none is
 };
 
-// Everything the objective computes; names as in `orrery inspect loss`.
+// Everything the objective computes; names as in `orrery inspect loss`. Undefined: not computed.
 struct LossOutputs {
   torch::Tensor deter, stoch;                            // [T, B, D], [T, B, S]
-  torch::Tensor prior_mean, prior_std;                   // [T, B, S]
-  torch::Tensor post_mean, post_std;                     // [T, B, S]
+  torch::Tensor prior_mean, prior_std;                   // [T, B, S]; categorical: probabilities, and no std
+  torch::Tensor post_mean, post_std;                     // [T, B, S]: of the component that was drawn
   torch::Tensor embed;                                   // [T, B, E]
-  TensorMap recon;                                       // as the observations
-  torch::Tensor reward_mean;                             // [T, B]
-  torch::Tensor kl;                                      // [T, B], before free nats
+  TensorMap recon;                                       // as the observations; symlog of vectors where configured
+  torch::Tensor reward_mean;                             // [T, B]: what the head predicts, transformed as configured
+  torch::Tensor continue_logit;                          // [T, B]
+  torch::Tensor kl;                                      // [T, B], before free nats, mean over components
   torch::Tensor loss_observation, loss_reward, loss_kl;  // scalars; observation: with each modality's scale, the others unweighted
-  torch::Tensor loss_overshooting;                       // scalar; undefined when not computed
+  torch::Tensor loss_overshooting, loss_observation_overshooting, loss_global_prior, loss_continue;  // scalars, unweighted
   torch::Tensor loss_total;                              // scalar, weighted
+};
+
+struct ReturnOptions {
+  double discount = 1;          // of the k-th predicted reward: discount^k, k = 0 for the first
+  bool terminal_value = false;  // adds discount^H times the value of the last state; needs model.behavior
 };
 
 // Not thread-safe while parameters change; const calls under torch::NoGradGuard or InferenceMode may run side by side.
@@ -84,16 +103,23 @@ class WorldModel : public torch::nn::Module {
   // Stored observations (images [N…, H, W, C] uint8, vectors float32) to what the encoder takes (images [N…, C, H, W]
   // float32): quantisation to `bits` with fresh uniform noise from `generator` (undefined: no noise, as 8 bits).
   TensorMap Preprocess(const TensorMap& stored, c10::optional<torch::Generator> generator) const;
-  // Embedding [N, E] of preprocessed observations without time dimension ([N, C, H, W]), modalities in the order of their
-  // names. One that is missing counts as zeros; at least one must be there.
-  torch::Tensor Encode(const TensorMap& observations) const;
-  // Deterministic part of one step: [N, D] from state and action [N, A].
-  torch::Tensor Transition(const LatentState& state, const torch::Tensor& action) const;
-  Gaussian Prior(const torch::Tensor& deter) const;
-  Gaussian Posterior(const torch::Tensor& deter, const torch::Tensor& embed) const;
-  // Mean of the reward [N].
+  // Of preprocessed observations without time dimension ([N, C, H, W]). `available` [N] bool by modality; one without an
+  // entry is there for all. A modality that is missing from `observations` is there for none; `n` is needed when all are.
+  Embedding Encode(const TensorMap& observations, const TensorMap& available = {}, int64_t n = -1) const;
+  // One step of the dynamics: state and action [N, A].
+  Predicted Predict(const LatentState& state, const torch::Tensor& action) const;
+  // The belief with which one acts: with experts the product of what is there (MOPOE_AVERAGED: their average). The prior where
+  // nothing is there.
+  LatentDistribution Posterior(const Predicted& predicted, const Embedding& embedding) const;
+  const Latents& latents() const;
+  // The head's mean of the reward as planning adds it up [N].
   torch::Tensor Reward(const LatentState& state) const;
-  // Reconstruction of every modality, images [N, C, H, W].
+  // Probability that the episode goes on [N]; ones without a continue head.
+  torch::Tensor Continue(const LatentState& state) const;
+  // With model.behavior only: what the actor's distribution is made of (behavior.h), [N, 2A] or [N, A] logits; the value [N].
+  torch::Tensor ActorOutputs(const LatentState& state) const;
+  torch::Tensor Value(const LatentState& state) const;
+  // Reconstruction of every modality, images [N, C, H, W], vectors in their own units.
   TensorMap Decode(const LatentState& state) const;
 
   // The objective. `with_overshooting` also computes the term at scale 0 (inspect).
@@ -101,9 +127,9 @@ class WorldModel : public torch::nn::Module {
   // Draws the noise that Loss needs.
   LossNoise DrawNoise(int64_t t, int64_t b, torch::Generator& generator, bool with_overshooting) const;
   // Sums [N, J] of the predicted rewards of J open-loop rollouts from each of N states: actions [H, N, J, A], standard
-  // normals [H, N, J, S]. Without gradient.
-  // On the CPU by the kernels of rollout.h.
-  torch::Tensor ImaginedReturns(const LatentState& start, const torch::Tensor& actions, const torch::Tensor& noise) const;
+  // normals [H, N, J, S]. Without gradient. Gaussian models with a GRU on the CPU by the kernels of rollout.h.
+  torch::Tensor ImaginedReturns(const LatentState& start, const torch::Tensor& actions, const torch::Tensor& noise,
+                                const ReturnOptions& options = {}) const;
 
   // The weights that a kernel takes.
   std::unique_ptr<PackedModel> PackForRollouts(const RolloutKernel& kernel) const;

@@ -168,9 +168,9 @@ TEST_P(ActivationTest, LossFollowsTheStepByStepModel) {
     const Tensor keep = (1 - batch.is_first[t].to(at::kDouble)).unsqueeze(-1);
     TensorMap row;
     for (const auto& [name, x] : batch.observations) row[name] = x[t];
-    state.deter = model->Transition({state.deter * keep, state.stoch * keep}, batch.action[t] * keep);
-    const Gaussian p = model->Prior(state.deter), q = model->Posterior(state.deter, model->Encode(row));
-    state.stoch = q.mean + q.std * noise.posterior[t];
+    const Predicted predicted = model->Predict({state.deter * keep, state.stoch * keep}, batch.action[t] * keep);
+    const LatentDistribution p = predicted.prior, q = model->Posterior(predicted, model->Encode(row));
+    state = {predicted.deter, q.mean + q.std * noise.posterior[t]};
     EXPECT_TRUE(Near(o.deter[t], state.deter, 1e-12));
     EXPECT_TRUE(Near(o.stoch[t], state.stoch, 1e-12));
     kl_sum = kl_sum + ((p.std / q.std).log() + (q.std.square() + (q.mean - p.mean).square()) / (2 * p.std.square()) - 0.5).sum();
@@ -380,10 +380,17 @@ TEST(WorldModel, EncodesZerosForAMissingModality) {
   const auto model = Make(SmallConfig());
   torch::NoGradGuard no_grad;
   const Tensor vector = at::randn({3, 4}), image = at::randn({3, 1, 32, 32});
-  const Tensor both = model->Encode({{"vector", vector}, {"image", image}}), one = model->Encode({{"vector", vector}});
-  EXPECT_EQ(both.sizes(), (at::IntArrayRef{3, 19}));  // image, then vector
-  EXPECT_TRUE(at::equal(one.slice(1, 16), both.slice(1, 16)));
-  EXPECT_EQ(one.slice(1, 0, 16).abs().max().item<float>(), 0);
+  const Embedding both = model->Encode({{"vector", vector}, {"image", image}}), one = model->Encode({{"vector", vector}});
+  EXPECT_EQ(both.value.sizes(), (at::IntArrayRef{3, 19}));  // image, then vector
+  EXPECT_FALSE(both.available.defined());
+  EXPECT_TRUE(at::equal(one.value.slice(1, 16), both.value.slice(1, 16)));
+  EXPECT_EQ(one.value.slice(1, 0, 16).abs().max().item<float>(), 0);
+  EXPECT_TRUE(at::equal(one.available, at::stack({at::zeros({3}, at::kBool), at::ones({3}, at::kBool)})));
+  const Tensor mask = at::tensor({1, 0, 1}, at::kByte).ne(0);
+  const Embedding some = model->Encode({{"vector", vector}, {"image", image}}, {{"image", mask}});
+  EXPECT_TRUE(at::equal(some.value[0], both.value[0]));
+  EXPECT_TRUE(at::equal(some.value[1], one.value[1]));
+  EXPECT_TRUE(at::equal(some.available[0], mask));
 }
 
 TEST(TransposedConv, IsTorchsWithItsGradients) {
@@ -429,7 +436,7 @@ TEST(WorldModel, VectorsWithoutLayersPassThrough) {
   const auto model = Make(Parse("action { discrete { size: 3 } } modalities { name: 'v' vector { size: 4 layers: 0 } } reward { layers: 0 }"));
   torch::NoGradGuard no_grad;
   const Tensor x = at::randn({2, 4});
-  EXPECT_TRUE(at::equal(model->Encode({{"v", x}}), x));
+  EXPECT_TRUE(at::equal(model->Encode({{"v", x}}).value, x));
   EXPECT_EQ(model->Decode(model->InitialState(2)).at("v").sizes(), x.sizes());
   EXPECT_EQ(model->Reward(model->InitialState(2)).sizes(), (at::IntArrayRef{2}));
   EXPECT_EQ(model->action_size(), 3);

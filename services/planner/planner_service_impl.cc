@@ -113,6 +113,7 @@ absl::StatusOr<SlotInput> ParseSlot(const planner::v1::Slot& slot, const std::st
   input.previous_action.assign(slot.previous_action().begin(), slot.previous_action().end());
   input.belief = slot.belief();
   input.exploration_noise = slot.exploration_noise();
+  input.valid_actions.assign(slot.valid_actions().begin(), slot.valid_actions().end());
   return input;
 }
 
@@ -217,6 +218,7 @@ class PlannerServerImpl final : public PlannerServer, public planner::v1::Planne
     response.mutable_snapshot_version()->set_generation(served->version.generation);
     response.mutable_snapshot_version()->set_counter(served->version.counter);
     response.set_model_config(ToText(served->model->config()));
+    response.set_planner_config(ToText(served->info.planner));
     response.set_structure_hash(served->structure_hash);
     return absl::OkStatus();
   }

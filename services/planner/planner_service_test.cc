@@ -226,16 +226,34 @@ TEST_F(PlannerServiceTest, RefusesBadSlotsByNumberAndNothingElseSuffers) {
   ExpectRefused(with([&](auto& s) { image(s)->mutable_data()->pop_back(); }), invalid, "slots[1].observations \"image\"");
   ExpectRefused(with([&](auto& s) { image(s)->set_data_type(static_cast<common::v1::DataType>(77)); }), invalid, "slots[1]");
   ExpectRefused(with([&](auto& s) { image(s)->set_shape(0, -1); }), invalid, "slots[1]");
-  ExpectRefused(with([](auto& s) { s.mutable_observations()->RemoveLast(); }), invalid,
-                "slots[1].observations: modality \"joints\" is missing, expected float32 [3]");
+  ExpectRefused(with([](auto& s) { s.clear_observations(); }), invalid,
+                "slots[1].observations is empty, expected at least one modality");
   ExpectRefused(with([](auto& s) { *s.add_observations() = s.observations(0); }), invalid,
                 "slots[1].observations: modality \"image\" comes twice");
   ExpectRefused(with([](auto& s) { s.add_previous_action(0); }), invalid, "slots[1].previous_action has 1 values, expected 2");
   ExpectRefused(with([](auto& s) { s.set_exploration_noise(11); }), invalid, "slots[1].exploration_noise is 11");
+  ExpectRefused(with([](auto& s) { s.add_valid_actions(true); }), invalid,
+                "slots[1].valid_actions has 1 values, expected none: the action is continuous");
   ExpectRefused(with([](auto& s) { s.set_belief("not a belief"); s.add_previous_action(0); s.add_previous_action(0); }),
                 invalid, "slots[1]: belief has the wrong size");
-  EXPECT_EQ(Metric("orrery_planner_requests_total", "INVALID_ARGUMENT").counter.value, 10);
+  EXPECT_EQ(Metric("orrery_planner_requests_total", "INVALID_ARGUMENT").counter.value, 11);
   EXPECT_OK(Act(Request("c", 1)));
+}
+
+TEST_F(PlannerServiceTest, KeepsToTheValidActionsOfASlot) {
+  Start(/*snapshot=*/0);
+  ASSERT_OK(planner_->snapshots().Load(TinySnapshot(1, /*seed=*/1, TinyDiscreteModel())));
+  for (int valid = 0; valid < 3; ++valid) {
+    ActRequest request = Request("c", 1);
+    for (int i = 0; i < 3; ++i) request.mutable_slots(0)->add_valid_actions(i == valid);
+    ASSERT_OK_AND_ASSIGN(const ActResponse response, Act(request));
+    ASSERT_EQ(response.results(0).action_size(), 3);
+    for (int i = 0; i < 3; ++i) EXPECT_EQ(response.results(0).action(i), i == valid ? 1 : 0);
+  }
+  ActRequest request = Request("c", 1);
+  AddSlot(request, 2);
+  for (int i = 0; i < 3; ++i) request.mutable_slots(1)->add_valid_actions(false);
+  ExpectRefused(request, absl::StatusCode::kInvalidArgument, "slots[1].valid_actions allows no action");
 }
 
 TEST_F(PlannerServiceTest, ABeliefOfAnotherStructureAsksForANewOne) {

@@ -129,7 +129,7 @@ absl::Status BenchPlanner(Flags flags) {
     std::vector<uint64_t> seeds(agents);
     for (int i = 0; i < agents; ++i) seeds[i] = static_cast<uint64_t>(i);
     ASSIGN_OR_RETURN(const double seconds, MedianSeconds(flags, [&]() -> absl::Status {
-                       ASSIGN_OR_RETURN(const PlanResult plan, planner->Plan(*model, belief, seeds));
+                       ASSIGN_OR_RETURN(const PlanResult plan, planner->Plan(*model, {belief, seeds}));
                        (void)plan.action.cpu();  // waits for the device
                        return absl::OkStatus();
                      }));

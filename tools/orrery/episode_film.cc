@@ -34,15 +34,14 @@ class Dreamer {
   void Observe(const ArrayMap& observation, bool see) {
     TensorMap stored;
     for (const auto& [name, array] : observation) stored[name] = ToTorch(array).unsqueeze(0);
-    const torch::Tensor embed = model_.Encode(model_.Preprocess(stored, generator_));
-    belief_.deter = model_.Transition(belief_, action_);
-    const Gaussian posterior = model_.Posterior(belief_.deter, embed);
-    belief_.stoch = posterior.mean + posterior.std * Normal(posterior.mean, generator_);
+    const Predicted predicted = model_.Predict(belief_, action_);
+    const LatentDistribution posterior = model_.Posterior(predicted, model_.Encode(model_.Preprocess(stored, generator_)));
+    belief_ = {predicted.deter, model_.latents().Sample(posterior, Normal(posterior.mean, generator_))};
     if (see) {
       imagined_ = belief_;
     } else {
-      imagined_.deter = model_.Transition(imagined_, action_);
-      imagined_.stoch = model_.Prior(imagined_.deter).mean;
+      const Predicted next = model_.Predict(imagined_, action_);
+      imagined_ = {next.deter, model_.latents().Mode(next.prior)};
     }
   }
   // Picture [h, w, 3] uint8 that the imagination shows.
@@ -98,7 +97,7 @@ absl::StatusOr<std::string> Film(const WorldModel& model, const Planner& planner
     RETURN_IF_ERROR(film->AddFrame(frame));
     if (step.is_last || step.is_terminal) break;
     const uint64_t seed = DeriveSeed(options.seed, "act", static_cast<uint64_t>(row));
-    ASSIGN_OR_RETURN(const PlanResult plan, planner.Plan(model, dreamer.belief(), {seed}));
+    ASSIGN_OR_RETURN(const PlanResult plan, planner.Plan(model, {dreamer.belief(), {seed}}));
     const torch::Tensor action = plan.action.to(torch::kCPU, torch::kFloat32).contiguous();
     dreamer.Act(action);
     ASSIGN_OR_RETURN(step, environment.Step({action.data_ptr<float>(), static_cast<size_t>(action.numel())}));

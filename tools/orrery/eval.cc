@@ -1,4 +1,5 @@
 // orrery eval: plays episodes without exploration noise and prints their returns.
+#include <algorithm>
 #include <cstdio>
 #include <filesystem>
 #include <memory>
@@ -10,6 +11,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "libs/base/cpu.h"
 #include "libs/base/file.h"
 #include "libs/base/status.h"
@@ -21,6 +23,7 @@
 #include "services/planner/planner_service_impl.h"
 #include "tools/orrery/command.h"
 #include "tools/orrery/policy.h"
+#include "tools/orrery/simulator_policy.h"
 
 namespace orrery {
 namespace {
@@ -31,15 +34,56 @@ struct Flags {
   std::string environment;
   std::string config;
   std::vector<std::string> set;
-  std::string algorithm = "cem";
+  std::string algorithm = "planner";
   std::string quality;
   int action_repeat = 0;
   int image_size = 0;
   int episodes = 1;
   int64_t seed = 0;
   int threads = 0;
+  std::vector<std::string> drop;
   bool json = false;
 };
+
+bool IsServed(const Flags& flags) { return flags.algorithm != "simulator" && flags.algorithm != "random"; }
+
+absl::Status CheckFlags(const Flags& flags) {
+  if (flags.algorithm == "simulator" && !(flags.planner.empty() && flags.snapshot.empty())) {
+    return absl::InvalidArgumentError(
+        "--algorithm=simulator plans with the task's own simulator: give neither --planner nor --snapshot");
+  }
+  if (IsServed(flags) && flags.planner.empty() == flags.snapshot.empty()) {
+    return absl::InvalidArgumentError(
+        "give either --planner=HOST:PORT or --snapshot=FILE (or --algorithm=simulator or --algorithm=random)");
+  }
+  if (!IsServed(flags) && !flags.drop.empty()) {
+    return absl::InvalidArgumentError(absl::StrCat("--drop: --algorithm=", flags.algorithm, " does not look at observations"));
+  }
+  return absl::OkStatus();
+}
+
+// --algorithm's planner: the configuration's where it is of that kind, else with its defaults. Nothing: as --config (or the
+// snapshot) says.
+std::optional<config::v1::Planner> ChosenPlanner(const Flags& flags, const config::v1::Experiment& experiment) {
+  std::optional<config::v1::Planner> configured;
+  if (!flags.config.empty()) configured = experiment.planner();
+  if (flags.algorithm == "planner") return configured;
+  config::v1::Planner planner = experiment.planner();
+  const auto* field = config::v1::Planner::descriptor()->FindFieldByName(flags.algorithm);
+  planner.GetReflection()->MutableMessage(&planner, field);  // one of a kind: clears another algorithm
+  return planner;
+}
+
+absl::Status CheckDropped(const std::vector<std::string>& dropped, const EnvironmentSpec& spec) {
+  for (const std::string& name : dropped) {
+    const auto is = [&](const TensorSpec& modality) { return modality.name == name; };
+    if (std::any_of(spec.observations.begin(), spec.observations.end(), is)) continue;
+    return absl::InvalidArgumentError(absl::StrCat(
+        "--drop=", name, ": expected one of ",
+        absl::StrJoin(spec.observations, ", ", [](std::string* out, const TensorSpec& m) { absl::StrAppend(out, m.name); })));
+  }
+  return absl::OkStatus();
+}
 
 // The experiment that says how to play: --config, or the configuration of the run that the snapshot lies in, or nothing.
 absl::StatusOr<std::optional<config::v1::Experiment>> FindExperiment(const Flags& flags) {
@@ -111,24 +155,35 @@ class LocalPlanner {
   std::unique_ptr<ServiceHost> host_;
 };
 
-// Size of the pictures that the served model takes; 0: it takes none.
-absl::StatusOr<int> ImageSize(PlannerPolicy& policy) {
-  ASSIGN_OR_RETURN(const planner::v1::GetModelResponse response, policy.Model());
+// What answers.
+struct Served {
+  int image_size = 0;  // of the pictures that the model takes; 0: none
+  std::string algorithm;
+};
+
+absl::StatusOr<Served> AskServed(std::shared_ptr<grpc::Channel> channel) {
+  PlannerPolicy asking(std::move(channel), {});
+  ASSIGN_OR_RETURN(const planner::v1::GetModelResponse response, asking.Model());
   ASSIGN_OR_RETURN(const config::v1::Model model, ParseModel(response.model_config()));
+  ASSIGN_OR_RETURN(const config::v1::Planner planner, ParsePlanner(response.planner_config()));
+  Served served;
   for (const config::v1::Modality& modality : model.modalities()) {
-    if (modality.has_image()) return modality.image().height();
+    if (modality.has_image()) served.image_size = modality.image().height();
   }
-  return 0;
+  const auto* field = config::v1::Planner::descriptor()->FindFieldByNumber(planner.algorithm_case());
+  served.algorithm = field != nullptr ? field->name() : "cem";
+  return served;
 }
 
-void Print(const Flags& flags, const EnvironmentOptions& options, const Evaluation& evaluation,
-           SnapshotVersion version) {
+void Print(const Flags& flags, const EnvironmentOptions& options, const std::string& algorithm,
+           const Evaluation& evaluation, SnapshotVersion version) {
   const double mean = Mean(evaluation.returns);
   const double deviation = SampleDeviation(evaluation.returns);
   if (flags.json) {
     nlohmann::ordered_json out;
     out["env"] = options.task;
-    out["algorithm"] = flags.algorithm;
+    out["algorithm"] = algorithm;
+    if (!flags.drop.empty()) out["dropped"] = flags.drop;
     out["action_repeat"] = options.action_repeat;
     out["seed"] = flags.seed;
     out["episodes"] = flags.episodes;
@@ -136,7 +191,7 @@ void Print(const Flags& flags, const EnvironmentOptions& options, const Evaluati
     out["rows"] = evaluation.rows;
     out["mean"] = mean;
     out["std"] = deviation;
-    if (flags.algorithm != "random") {
+    if (IsServed(flags)) {
       out["snapshot"] = {{"generation", version.generation}, {"counter", version.counter}};
     }
     std::printf("%s\n", out.dump().c_str());
@@ -147,47 +202,56 @@ void Print(const Flags& flags, const EnvironmentOptions& options, const Evaluati
                 static_cast<long long>(evaluation.rows[k] - 1));
   }
   std::printf("%s, %s, %d episodes: mean %.3f, standard deviation %.3f\n", options.task.c_str(),
-              flags.algorithm.c_str(), flags.episodes, mean, deviation);
+              algorithm.c_str(), flags.episodes, mean, deviation);
 }
 
 absl::Status Run(const Flags& flags) {
   UnblockShutdownSignals();
-  const bool random = flags.algorithm == "random";
-  if (!random && flags.planner.empty() == flags.snapshot.empty()) {
-    return absl::InvalidArgumentError("give either --planner=HOST:PORT or --snapshot=FILE (or --algorithm=random)");
-  }
+  RETURN_IF_ERROR(CheckFlags(flags));
+  const bool served = IsServed(flags);
   SetTorchThreads(1);
-  ASSIGN_OR_RETURN(const std::optional<config::v1::Experiment> experiment, FindExperiment(flags));
-  ASSIGN_OR_RETURN(EnvironmentOptions options, PlayedEnvironment(flags, experiment));
+  ASSIGN_OR_RETURN(const std::optional<config::v1::Experiment> found, FindExperiment(flags));
+  ASSIGN_OR_RETURN(EnvironmentOptions options, PlayedEnvironment(flags, found));
+  const config::v1::Experiment experiment = found.value_or(config::v1::Experiment());
   std::unique_ptr<LocalPlanner> local;
   std::shared_ptr<grpc::Channel> channel;
-  if (!random && !flags.snapshot.empty()) {
-    std::optional<config::v1::Planner> planner;
-    if (!flags.config.empty()) planner = experiment->planner();
-    ASSIGN_OR_RETURN(local, LocalPlanner::Create(flags.snapshot, planner,
-                                                 experiment.value_or(config::v1::Experiment()).planner_service().precision(),
-                                                 ThreadsOf(flags.threads)));
+  if (served && !flags.snapshot.empty()) {
+    ASSIGN_OR_RETURN(local, LocalPlanner::Create(flags.snapshot, ChosenPlanner(flags, experiment),
+                                                 experiment.planner_service().precision(), ThreadsOf(flags.threads)));
     channel = local->Channel();
-  } else if (!random) {
+  } else if (served) {
     ASSIGN_OR_RETURN(channel, MakeChannel(flags.planner));
   }
-  if (!random && flags.image_size == 0) {
-    PlannerPolicy asking(channel, {});
-    ASSIGN_OR_RETURN(const int size, ImageSize(asking));
-    if (size > 0) options.image_size = size;
+  std::string algorithm = flags.algorithm;
+  if (served) {
+    ASSIGN_OR_RETURN(const Served answers, AskServed(channel));
+    if (flags.image_size == 0 && answers.image_size > 0) options.image_size = answers.image_size;
+    if (algorithm != "planner" && algorithm != answers.algorithm) {
+      return absl::InvalidArgumentError(absl::StrCat("--algorithm=", algorithm, ": the planner service plans with ",
+                                                     answers.algorithm, "; give --snapshot=FILE to choose another"));
+    }
+    algorithm = answers.algorithm;
   }
   ASSIGN_OR_RETURN(std::unique_ptr<Environment> environment, MakeEnvironment(options));
+  const auto evaluate = [&](Policy& policy) {
+    return Evaluate(*environment, policy, flags.episodes, static_cast<uint64_t>(flags.seed));
+  };
   Evaluation evaluation;
   SnapshotVersion version;
-  if (random) {
-    RandomPolicy policy(environment->spec().action);
-    ASSIGN_OR_RETURN(evaluation, Evaluate(*environment, policy, flags.episodes, static_cast<uint64_t>(flags.seed)));
-  } else {
+  if (served) {
+    RETURN_IF_ERROR(CheckDropped(flags.drop, environment->spec()));
     PlannerPolicy policy(channel, environment->spec().action);
-    ASSIGN_OR_RETURN(evaluation, Evaluate(*environment, policy, flags.episodes, static_cast<uint64_t>(flags.seed)));
+    BlindPolicy blind(policy, flags.drop);
+    ASSIGN_OR_RETURN(evaluation, evaluate(blind));
     version = policy.version();
+  } else if (flags.algorithm == "simulator") {
+    ASSIGN_OR_RETURN(auto policy, SimulatorPolicy::Create(*environment, experiment.planner().cem(), ThreadsOf(flags.threads)));
+    ASSIGN_OR_RETURN(evaluation, evaluate(*policy));
+  } else {
+    RandomPolicy policy(environment->spec().action);
+    ASSIGN_OR_RETURN(evaluation, evaluate(policy));
   }
-  Print(flags, options, evaluation, version);
+  Print(flags, options, algorithm, evaluation, version);
   return absl::OkStatus();
 }
 
@@ -205,8 +269,10 @@ void AddEvalCommand(CLI::App& app, Command& command) {
                    "Experiment that says how to play (default: of the run folder that the snapshot lies in)")
       ->type_name("FILE");
   eval->add_option("--set", flags->set, "Sets one field of the experiment; may be repeated")->allow_extra_args(false);
-  eval->add_option("--algorithm", flags->algorithm, "cem: what the planner does; random: uniformly random actions")
-      ->check(CLI::IsMember({"cem", "random"}))
+  eval->add_option("--algorithm", flags->algorithm,
+                   "planner: as the service, the configuration or the snapshot says; cem to actor: that one, by the snapshot's "
+                   "model; simulator: CEM with the true simulator as its model; random: uniformly random actions")
+      ->check(CLI::IsMember({"planner", "cem", "icem", "mppi", "genetic", "random_shooting", "actor", "simulator", "random"}))
       ->capture_default_str();
   eval->add_option("--action_repeat", flags->action_repeat,
                    "Simulator steps per decision (default: the configuration's, else 1)")
@@ -219,6 +285,9 @@ void AddEvalCommand(CLI::App& app, Command& command) {
   eval->add_option("--seed", flags->seed, "Seed of the episodes; every algorithm meets the same ones")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
+  eval->add_option("--drop", flags->drop, "Modality that the agent does not get to see; may be repeated")
+      ->allow_extra_args(false)
+      ->type_name("MODALITY");
   eval->add_flag("--json", flags->json, "Prints one JSON object");
   AddThreadsFlag(*eval, flags->threads, "Threads that plan");
   eval->callback([&command, flags] { command = [flags] { return Run(*flags); }; });

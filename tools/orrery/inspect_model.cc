@@ -16,6 +16,7 @@
 #include "libs/planning/planner.h"
 #include "libs/tensors/safetensors.h"
 #include "libs/world_model/imagine.h"
+#include "libs/world_model/layout.h"
 #include "libs/world_model/snapshot.h"
 
 namespace orrery {
@@ -69,19 +70,24 @@ absl::StatusOr<Batch> LoadBatch(const std::string& path, const WorldModel& model
   batch.action = Find(file.tensors, "action");
   batch.reward = Find(file.tensors, "reward");
   batch.is_first = Find(file.tensors, "is_first");
+  batch.is_terminal = Find(file.tensors, "is_terminal");
   for (const auto& modality : model.config().modalities()) {
     Tensor x = Find(file.tensors, modality.name());
     if (!x.defined())
       return absl::InvalidArgumentError(absl::StrCat(path, ": ", modality.name(), " is missing"));
     RETURN_IF_ERROR(Annotate(Preprocess(model, modality, noise, x), path));
     batch.observations.emplace(modality.name(), x);
+    if (const Tensor there = Find(file.tensors, "available." + modality.name()); there.defined())
+      batch.available.emplace(modality.name(), there);
   }
   return batch;
 }
 
-// `name` of the file, drawn, or zeros.
-absl::StatusOr<Tensor> TakeNoise(Noise& noise, const std::string& name, std::vector<int64_t> shape) {
-  if (noise.generator.has_value()) return at::randn(shape, noise.generator, at::kFloat);
+// `name` of the file, drawn (standard normal, or uniform in [0, 1)), or zeros.
+absl::StatusOr<Tensor> TakeNoise(Noise& noise, const std::string& name, std::vector<int64_t> shape, bool uniform = false) {
+  if (noise.generator.has_value()) {
+    return uniform ? at::rand(shape, noise.generator, at::kFloat) : at::randn(shape, noise.generator, at::kFloat);
+  }
   if (!noise.file.has_value()) return at::zeros(shape);
   const Tensor x = Find(*noise.file, name);
   if (x.defined() && x.scalar_type() == at::kFloat && x.sizes() == at::IntArrayRef(shape)) return x;
@@ -89,6 +95,20 @@ absl::StatusOr<Tensor> TakeNoise(Noise& noise, const std::string& name, std::vec
       x.defined() ? absl::StrCat(at::toString(x.scalar_type()), " ", ShapeString(x.sizes().vec())) : "missing";
   return absl::InvalidArgumentError(
       absl::StrCat("noise ", name, " is ", actual, "; expected Float ", ShapeString(shape)));
+}
+
+// Everything that the loss of `model` draws; modalities are hidden only by the batch.
+absl::StatusOr<LossNoise> TakeLossNoise(Noise& source, const WorldModel& model, int64_t t, int64_t b) {
+  LossNoise noise;
+  const int64_t s = model.stochastic_size(), distance = OvershootingDistance(model.config(), /*all=*/true);
+  ASSIGN_OR_RETURN(noise.posterior, TakeNoise(source, "posterior", {t, b, s}));
+  if (distance > 0) {
+    ASSIGN_OR_RETURN(noise.overshooting, TakeNoise(source, "overshooting", {distance + 1, t, b, s}));
+  }
+  if (HasMixture(model.config())) {
+    ASSIGN_OR_RETURN(noise.component, TakeNoise(source, "component", {t, b}, /*uniform=*/true));
+  }
+  return noise;
 }
 
 void AddRecon(const TensorMap& recon, TensorMap& out) {
@@ -115,13 +135,7 @@ absl::Status InspectLoss(const InspectLossOptions& options) {
   ASSIGN_OR_RETURN(Noise source, OpenNoise(options.noise));
   ASSIGN_OR_RETURN(const Batch batch, LoadBatch(options.batch, *snapshot.model, source));
   RETURN_IF_ERROR(CheckLeading(batch.reward, 2, "reward", options.batch));
-  const int64_t t = batch.reward.size(0), b = batch.reward.size(1), s = snapshot.model->stochastic_size();
-  const int64_t distance = snapshot.info.model.objective().overshooting().distance();
-  LossNoise noise;
-  ASSIGN_OR_RETURN(noise.posterior, TakeNoise(source, "posterior", {t, b, s}));
-  if (distance >= 2) {
-    ASSIGN_OR_RETURN(noise.overshooting, TakeNoise(source, "overshooting", {distance + 1, t, b, s}));
-  }
+  ASSIGN_OR_RETURN(const LossNoise noise, TakeLossNoise(source, *snapshot.model, batch.reward.size(0), batch.reward.size(1)));
   snapshot.model->UseWorkers(std::make_shared<RowWorkers>(at::get_num_threads()));  // as the learner computes it
   auto loss = ComputeLoss(*snapshot.model, batch, noise, /*with_overshooting=*/true, options.gradients);
   if (!loss.ok()) return Annotate(loss.status(), options.batch);
@@ -139,6 +153,10 @@ absl::Status InspectLoss(const InspectLossOptions& options) {
                    {"loss_reward", o.loss_reward},
                    {"loss_kl", o.loss_kl},
                    {"loss_overshooting", o.loss_overshooting},
+                   {"loss_observation_overshooting", o.loss_observation_overshooting},
+                   {"loss_global_prior", o.loss_global_prior},
+                   {"loss_continue", o.loss_continue},
+                   {"continue_logit", o.continue_logit},
                    {"loss_total", o.loss_total}};
   AddRecon(o.recon, out);
   const auto parameters = snapshot.model->named_parameters();
@@ -157,7 +175,7 @@ absl::Status InspectPlan(const InspectPlanOptions& options) {
   ASSIGN_OR_RETURN(const auto planner, MakePlanner(snapshot.info.planner, snapshot.info.model));
   absl::StatusOr<PlanResult> plan = absl::InvalidArgumentError("a plan needs noise: give a seed or a file");
   if (source.generator.has_value()) {
-    plan = planner->Plan(*snapshot.model, belief, {source.generator->current_seed()});
+    plan = planner->Plan(*snapshot.model, {belief, {source.generator->current_seed()}});
   } else if (source.file.has_value()) {
     const auto one = [&](const char* name) {
       const Tensor x = Find(*source.file, name);
@@ -178,6 +196,7 @@ absl::Status InspectImagine(const InspectImagineOptions& options) {
   if (options.context < 1 || options.context > t)
     return absl::InvalidArgumentError(absl::StrCat("context is ", options.context, "; expected 1 to ", t));
   batch.reward = at::zeros({t, b});
+  batch.is_terminal = at::zeros({t, b}, at::kByte);
   RETURN_IF_ERROR(Annotate(CheckBatch(snapshot.info.model, batch), options.batch));
   ASSIGN_OR_RETURN(const Tensor noise, TakeNoise(source, "posterior", {t, b, snapshot.model->stochastic_size()}));
   return CatchExceptions("imagining", [&] {

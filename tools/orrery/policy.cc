@@ -54,6 +54,12 @@ absl::StatusOr<planner::v1::GetModelResponse> PlannerPolicy::Model() {
   return answer;
 }
 
+absl::StatusOr<std::vector<float>> BlindPolicy::Act(const ArrayMap& observation) {
+  ArrayMap seen = observation;
+  for (const std::string& name : hidden_) seen.erase(name);
+  return policy_.Act(seen);
+}
+
 absl::StatusOr<Evaluation> Evaluate(Environment& environment, Policy& policy, int episodes, uint64_t seed) {
   Evaluation evaluation;
   for (int k = 0; k < episodes; ++k) {

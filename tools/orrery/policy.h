@@ -7,6 +7,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -59,6 +60,18 @@ class PlannerPolicy : public Policy {
   std::string belief_;
   std::vector<float> previous_action_;
   SnapshotVersion version_;
+};
+
+// Another policy that does not get some modalities to see. The other must outlive it.
+class BlindPolicy : public Policy {
+ public:
+  BlindPolicy(Policy& policy, std::vector<std::string> hidden) : policy_(policy), hidden_(std::move(hidden)) {}
+  void Begin(uint64_t seed) override { policy_.Begin(seed); }
+  absl::StatusOr<std::vector<float>> Act(const ArrayMap& observation) override;
+
+ private:
+  Policy& policy_;
+  const std::vector<std::string> hidden_;
 };
 
 struct Evaluation {

@@ -100,6 +100,21 @@ TEST(PlannerPolicy, CarriesTheBeliefThroughAnEpisodeAndAsksForNoNoise) {
   server->Shutdown();
 }
 
+TEST(BlindPolicy, HidesModalities) {
+  FakePlanner planner;
+  grpc::ServerBuilder builder;
+  builder.RegisterService(&planner);
+  const std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
+  TinyEnvironment environment;
+  PlannerPolicy seeing(server->InProcessChannel({}), environment.spec().action);
+  BlindPolicy blind(seeing, {"position"});
+  ASSERT_OK(Evaluate(environment, blind, 1, 1));
+  ASSERT_EQ(planner.requests.size(), 2u);
+  for (const auto& request : planner.requests) EXPECT_EQ(request.slots(0).observations_size(), 0);
+  EXPECT_EQ(planner.requests[1].slots(0).belief(), "belief-1");
+  server->Shutdown();
+}
+
 TEST(PlannerPolicy, RefusesAnActionOfAnotherSize) {
   FakePlanner planner;
   planner.action_size = 3;

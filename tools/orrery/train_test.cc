@@ -123,6 +123,15 @@ TEST(Train, RunsResumesAndIsEvaluated) {
                 .output,
             agent.output)
       << "the same seed gives the same returns";
+
+  EXPECT_EQ(evaluated["algorithm"], "cem") << "as the snapshot says";
+  const std::string snapshot = absl::StrCat("eval --json --threads=1 --seed=3 --snapshot=", run, "/snapshots/latest.safetensors ");
+  const Outcome shooting = Orrery(snapshot + "--algorithm=random_shooting");
+  ASSERT_EQ(shooting.code, 0) << shooting.output;
+  EXPECT_EQ(nlohmann::json::parse(shooting.output)["algorithm"], "random_shooting");
+  EXPECT_THAT(Orrery(snapshot + "--algorithm=actor").output, HasSubstr("actor: the model has no actor and value"));
+  EXPECT_THAT(Orrery(snapshot + "--drop=sound").output, HasSubstr("--drop=sound: expected one of image"));
+  EXPECT_THAT(Orrery(snapshot + "--drop=image").output, HasSubstr("observations is empty, expected at least one modality"));
 }
 
 TEST(Train, SavesAndEndsCleanlyOnSigterm) {
@@ -196,6 +205,7 @@ TEST(CommandLine, BadInputIsOneLineAndExitsWithOne) {
            {absl::StrCat("eval --env=point_pixels --snapshot=", dir / "damaged.safetensors"), "damaged.safetensors"},
            {absl::StrCat("inspect rollout --env=point_pixels --input=", dir / "damaged.safetensors", " --out=", dir / "o"),
             "damaged.safetensors"},
+           {"eval --env=point_pixels --algorithm=random --drop=image", "does not look at observations"},
            {"doctor --redis=127.0.0.1:1", "missing"}}) {
     const Outcome outcome = Orrery(bad.arguments);
     EXPECT_EQ(outcome.code, 1) << bad.arguments << "\n" << outcome.output;
