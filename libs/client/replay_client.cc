@@ -74,6 +74,18 @@ absl::StatusOr<RunCoordinator::Grant> ReplayClient::ReserveUpdates(int64_t gener
   return grant;
 }
 
+absl::Status ReplayClient::ReleaseLearner(int64_t generation, int64_t updates_done, absl::Time deadline) {
+  replay::v1::ReserveUpdatesRequest request;
+  request.set_run(run_);
+  request.set_generation(generation);
+  request.set_updates_done(updates_done);
+  request.set_release(true);
+  replay::v1::ReserveUpdatesResponse response;
+  return RetryUnavailable(deadline, [&](grpc::ClientContext& context) {
+    return Stub(channel_)->ReserveUpdates(&context, request, &response);
+  });
+}
+
 absl::Status ReplayClient::PutSnapshot(const Store::Snapshot& snapshot, absl::Time deadline) {
   absl::Status split;
   const absl::Status status = RetryUnavailable(deadline, [&](grpc::ClientContext& context) {

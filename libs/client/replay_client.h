@@ -37,6 +37,8 @@ class ReplayClient {
   // Waits on the server for at most `deadline`; 0 granted when none may be made until then.
   virtual absl::StatusOr<RunCoordinator::Grant> ReserveUpdates(int64_t generation, int64_t updates_done, int32_t wanted,
                                                                absl::Time deadline);
+  // The last report: another learner may take over at once.
+  virtual absl::Status ReleaseLearner(int64_t generation, int64_t updates_done, absl::Time deadline);
   virtual absl::Status PutSnapshot(const Store::Snapshot& snapshot, absl::Time deadline);
   virtual absl::StatusOr<Store::Snapshot> GetSnapshot(absl::Time deadline);  // NOT_FOUND: none
   virtual absl::StatusOr<replay::v1::GetStatsResponse> GetStats(absl::Time deadline);

@@ -18,6 +18,7 @@ constexpr int kSkippedBeforeRollback = 10;
 constexpr int kRollbacksBeforeGivingUp = 3;
 constexpr absl::Duration kCall = absl::Seconds(5);          // deadline of a call to replay
 constexpr absl::Duration kSlice = absl::Milliseconds(500);  // waits look up this often for Stop and the lease
+constexpr absl::Duration kRelease = absl::Seconds(1);
 constexpr absl::Duration kReportEvery = absl::Seconds(5);   // well below the lease of 30 s
 constexpr absl::Duration kKeepEvery = absl::Seconds(5);     // snapshots put to replay (CONCURRENT)
 constexpr absl::Duration kStatsEvery = absl::Seconds(10);
@@ -107,7 +108,10 @@ absl::Status Learner::Resume() {
 
 absl::Status Learner::Run() {
   RETURN_IF_ERROR(Acquire());
-  if (stopped()) return absl::OkStatus();
+  if (stopped()) {
+    Release();
+    return absl::OkStatus();
+  }
   Publish(/*always_keep=*/true);
   AwaitPlanners();
   mirror_->Follow(std::move(options_.watcher));
@@ -121,6 +125,7 @@ absl::Status Learner::Run() {
   // Under ALTERNATE a block that was cut short is not published: it is made good after a resume.
   if (!alternate()) Publish(/*always_keep=*/true);
   SaveCheckpoint();
+  Release();
   LogInfo("learner stopped updates={}", updates_);
   return absl::OkStatus();
 }
@@ -147,6 +152,13 @@ absl::Status Learner::Acquire() {
     WaitForStop(absl::Seconds(1));
   }
   return absl::OkStatus();
+}
+
+void Learner::Release() {
+  if (generation_ == 0) return;  // stopped before it held the run
+  const absl::Status released =
+      options_.replay->ReleaseLearner(generation_, updates_to_report(), options_.clock->Now() + kRelease);
+  if (!released.ok()) LogWarning("the lease was not given back, it ends by itself reason={}", released.ToString());
 }
 
 absl::StatusOr<bool> Learner::Step() {

@@ -94,6 +94,7 @@ class Learner {
   absl::Status Initialize();
   absl::Status Resume();
   absl::Status Acquire();  // waits while another learner holds the lease
+  void Release();          // lets another learner take over at once
   // Reserves and makes one block of updates. False: ended. Errors end the run.
   absl::StatusOr<bool> Step();
   absl::StatusOr<bool> MakeUpdates(int32_t count);

@@ -46,6 +46,11 @@ class FakeReplay : public ReplayClient {
     grant.run_complete = done >= owed_;
     return grant;
   }
+  absl::Status ReleaseLearner(int64_t learner_generation, int64_t done, absl::Time) override {
+    EXPECT_EQ(learner_generation, generation);
+    events.push_back(absl::StrCat("release ", done));
+    return absl::OkStatus();
+  }
   absl::Status PutSnapshot(const Store::Snapshot& put, absl::Time) override {
     events.push_back(absl::StrCat("put ", put.version.generation, ".", put.version.counter));
     snapshot = put;
@@ -135,7 +140,7 @@ TEST_F(LearnerTest, AlternatePublishesEachBlockBeforeItIsReported) {
   ASSERT_OK_AND_ASSIGN(const std::unique_ptr<Learner> learner, Learner::Create(std::move(options)));
   ASSERT_OK(learner->Run());
   EXPECT_THAT(replay->events,
-              ElementsAre("put 1.0", "report 0", "put 1.3", "report 3", "put 1.6", "report 6"));
+              ElementsAre("put 1.0", "report 0", "put 1.3", "report 3", "put 1.6", "report 6", "release 6"));
   EXPECT_THAT(seen, ElementsAre(1, 2, 3, 4, 5, 6));
   EXPECT_EQ(publisher_.version(), (SnapshotVersion{1, 6}));
   EXPECT_EQ(learner->progress().updates, 6);
@@ -159,7 +164,7 @@ TEST_F(LearnerTest, ResumedLearningIsTheSameBitByBit) {
   };
   run(4);
   const std::shared_ptr<FakeReplay> resumed = run(8);
-  EXPECT_THAT(resumed->events, ElementsAre("put 1.4", "report 4", "put 1.8", "report 8"));
+  EXPECT_THAT(resumed->events, ElementsAre("put 1.4", "report 4", "put 1.8", "report 8", "release 8"));
   ExpectSame(Parameters(*straight), Parameters(*resumed));
 }
 
@@ -176,7 +181,7 @@ TEST_F(LearnerTest, ABlockCutShortByStopIsMadeGoodAfterResume) {
   };
   learner = Learner::Create(std::move(options)).value();
   ASSERT_OK(learner->Run());
-  EXPECT_THAT(first->events, ElementsAre("put 1.0", "report 0"));
+  EXPECT_THAT(first->events, ElementsAre("put 1.0", "report 0", "release 0"));
 
   auto second = std::make_shared<FakeReplay>(6, 6);
   second->generation = 2;
@@ -184,7 +189,7 @@ TEST_F(LearnerTest, ABlockCutShortByStopIsMadeGoodAfterResume) {
   options.checkpoint_dir = dir_.path();
   options.resume = true;
   ASSERT_OK(Learner::Create(std::move(options)).value()->Run());
-  EXPECT_THAT(second->events, ElementsAre("put 2.2", "report 2", "put 2.6", "report 6"));
+  EXPECT_THAT(second->events, ElementsAre("put 2.2", "report 2", "put 2.6", "report 6", "release 6"));
   ExpectSame(Parameters(*straight), Parameters(*second));
 }
 
@@ -229,7 +234,7 @@ TEST_F(LearnerTest, WaitsForTheLeaseAndThroughAnOutage) {
   clock.Advance(absl::Seconds(1));
   thread.join();
   EXPECT_OK(status);
-  EXPECT_THAT(replay->events, ElementsAre("put 1.0", "report 0", "put 1.3", "report 3"));
+  EXPECT_THAT(replay->events, ElementsAre("put 1.0", "report 0", "put 1.3", "report 3", "release 3"));
 }
 
 TEST_F(LearnerTest, DoesNotBeginAnewOverCheckpointsOrWithThoseOfAnotherRun) {

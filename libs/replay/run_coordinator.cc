@@ -351,17 +351,32 @@ absl::StatusOr<int64_t> RunCoordinator::AcquireLearner(const std::string& learne
   return generation;
 }
 
-absl::StatusOr<RunCoordinator::Grant> RunCoordinator::ReserveUpdates(int64_t generation, int64_t updates_done, int32_t wanted) {
+// INVALID_ARGUMENT, or FAILED_PRECONDITION unless this is the learner's generation.
+absl::Status RunCoordinator::NoteProgress(State& state, int64_t generation, int64_t updates_done) {
   if (updates_done < 0) return absl::InvalidArgumentError(absl::StrCat("updates_done is ", updates_done, ", expected at least 0"));
+  const LearnerLease& learner = state.learner;
+  if (generation < 1 || generation != learner.generation) {
+    return absl::FailedPreconditionError(absl::StrCat("generation ", generation, " is not the learner's; generation ",
+                                                      learner.generation, " (", learner.id, ") is"));
+  }
+  state.updates_done = updates_done;
+  return absl::OkStatus();
+}
+
+absl::Status RunCoordinator::ReleaseLearner(int64_t generation, int64_t updates_done) {
+  return Mutate([&](State& state, absl::Time) -> absl::Status {
+    RETURN_IF_ERROR(NoteProgress(state, generation, updates_done));
+    state.learner.expires = 0;
+    return absl::OkStatus();
+  });
+}
+
+absl::StatusOr<RunCoordinator::Grant> RunCoordinator::ReserveUpdates(int64_t generation, int64_t updates_done, int32_t wanted) {
   if (wanted < 0) return absl::InvalidArgumentError(absl::StrCat("updates_wanted is ", wanted, ", expected at least 0"));
   Grant grant;
   RETURN_IF_ERROR(Mutate([&](State& state, absl::Time now) -> absl::Status {
+    if (absl::Status noted = NoteProgress(state, generation, updates_done); !noted.ok()) return noted;
     LearnerLease& learner = state.learner;
-    if (generation < 1 || generation != learner.generation) {
-      return absl::FailedPreconditionError(absl::StrCat("generation ", generation, " is not the learner's; generation ",
-                                                        learner.generation, " (", learner.id, ") is"));
-    }
-    state.updates_done = updates_done;
     Renew(learner.expires, now, absl::Seconds(kLearnerLeaseSeconds));
     NoteSeen(learner.seen, now, AbsentAfter(experiment_));
     grant = {};

@@ -61,6 +61,8 @@ class RunCoordinator {
   };
   // Reports updates_done, renews the lease, and grants up to `wanted`. FAILED_PRECONDITION: the generation is not the holder.
   absl::StatusOr<Grant> ReserveUpdates(int64_t generation, int64_t updates_done, int32_t wanted);
+  // The same report from a learner that ends: another one may take over at once. FAILED_PRECONDITION as above.
+  absl::Status ReleaseLearner(int64_t generation, int64_t updates_done);
   absl::StatusOr<RunProgress> Progress();
 
   static constexpr int kLearnerLeaseSeconds = 30;
@@ -73,6 +75,7 @@ class RunCoordinator {
   std::optional<EpisodeMode> NextMode(const State& state, absl::Time now) const;
   int64_t UpdatesAllowed(const State& state, absl::Time now) const;
   bool HandedOutAll(const State& state) const;
+  static absl::Status NoteProgress(State& state, int64_t generation, int64_t updates_done);
   bool Complete(const State& state) const;
 
   Store* const store_;

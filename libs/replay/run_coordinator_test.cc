@@ -242,6 +242,19 @@ TEST_F(RunCoordinatorTest, OneLearnerAtATime) {
   EXPECT_THAT(a.AcquireLearner(""), StatusIs(absl::StatusCode::kInvalidArgument));
 }
 
+TEST_F(RunCoordinatorTest, ALearnerThatEndsLetsAnotherOneIn) {
+  RunCoordinator c(store_.get(), Alternate(1, 5, 5));
+  const int64_t first = *c.AcquireLearner("one");
+  EXPECT_THAT(c.ReleaseLearner(first + 1, 0), StatusIs(absl::StatusCode::kFailedPrecondition));
+  EXPECT_THAT(c.AcquireLearner("two"), StatusIs(absl::StatusCode::kAlreadyExists)) << "a stranger released nothing";
+  ASSERT_OK(c.ReleaseLearner(first, 3));
+  EXPECT_EQ(c.Progress()->updates_done, 3);
+  ASSERT_OK(c.ReleaseLearner(first, 3)) << "the answer was lost";
+  EXPECT_THAT(c.AcquireLearner("two"), IsOkAndHolds(first + 1));
+  EXPECT_THAT(c.ReleaseLearner(first, 3), StatusIs(absl::StatusCode::kFailedPrecondition));
+  EXPECT_THAT(c.AcquireLearner("three"), StatusIs(absl::StatusCode::kAlreadyExists));
+}
+
 TEST_F(RunCoordinatorTest, ALearnerThatFellBackOwesItsUpdatesAgain) {
   RunCoordinator c(store_.get(), Alternate(1, 5, 5));
   const int64_t generation = *c.AcquireLearner("one");

@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -76,6 +78,25 @@ inline ::testing::AssertionResult Near(const torch::Tensor& actual, const torch:
   const double difference = (actual - expected).abs().max().item<double>(), scale = expected.abs().max().item<double>();
   if (difference <= tolerance * scale) return ::testing::AssertionSuccess();
   return ::testing::AssertionFailure() << "differs by " << difference << " where the largest magnitude is " << scale;
+}
+
+// The gradient of `loss` by every parameter (double precision) against differences, at one element each.
+inline void ExpectFiniteDifferences(const torch::OrderedDict<std::string, torch::Tensor>& parameters,
+                                    const std::function<torch::Tensor()>& loss) {
+  const auto gradients = torch::autograd::grad({loss()}, parameters.values(), {}, c10::nullopt, false, /*allow_unused=*/true);
+  torch::NoGradGuard no_grad;
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    torch::Tensor flat = parameters[i].value().view(-1);
+    const int64_t at = flat.numel() / 2;
+    const double x = flat[at].item<double>(), h = 1e-5;
+    flat[at] = x + h;
+    const double up = loss().item<double>();
+    flat[at] = x - h;
+    const double down = loss().item<double>();
+    flat[at] = x;
+    const double slope = gradients[i].defined() ? gradients[i].reshape(-1)[at].item<double>() : 0;
+    EXPECT_NEAR(slope, (up - down) / (2 * h), 1e-6 + 1e-5 * std::abs(slope)) << parameters[i].key();
+  }
 }
 
 }  // namespace orrery

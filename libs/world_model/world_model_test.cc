@@ -288,22 +288,7 @@ TEST(WorldModel, GradientsAreFiniteDifferences) {
   model->to(at::kDouble);
   const Batch batch = RandomBatch(model->config(), 4, 2, at::kDouble);
   const LossNoise noise{at::randn({4, 2, 3}, at::kDouble), {}};
-  const auto loss = [&] { return model->Loss(batch, noise, false).loss_total; };
-  const auto parameters = model->named_parameters();
-  const auto gradients = torch::autograd::grad({loss()}, parameters.values());
-  torch::NoGradGuard no_grad;
-  for (size_t i = 0; i < parameters.size(); ++i) {
-    Tensor flat = parameters[i].value().view(-1);
-    const int64_t at = flat.numel() / 2;
-    const double x = flat[at].item<double>(), h = 1e-5;
-    flat[at] = x + h;
-    const double up = loss().item<double>();
-    flat[at] = x - h;
-    const double down = loss().item<double>();
-    flat[at] = x;
-    const double slope = gradients[i].reshape(-1)[at].item<double>();
-    EXPECT_NEAR(slope, (up - down) / (2 * h), 1e-6 + 1e-5 * std::abs(slope)) << parameters[i].key();
-  }
+  ExpectFiniteDifferences(model->named_parameters(), [&] { return model->Loss(batch, noise, false).loss_total; });
 }
 
 TEST(WorldModel, TotalHoldsOvershootingAtItsScale) {

@@ -492,6 +492,11 @@ absl::Status ReplayServerImpl::DoReserveUpdates(const ServerContext& context,
   if (request.generation() < 1) return Invalid("generation is ", request.generation(), ": expected at least 1");
   if (request.updates_done() < 0) return Invalid("updates_done is ", request.updates_done(), ": expected at least 0");
   RETURN_IF_ERROR(CheckRange("updates_wanted", request.updates_wanted(), 0, kMaxUpdatesWanted));
+  if (request.release()) {
+    RETURN_IF_ERROR(coordinator_.ReleaseLearner(request.generation(), request.updates_done()));
+    progress_.Ring();
+    return absl::OkStatus();
+  }
   bool reported = false;
   while (true) {
     const int64_t seen = progress_.rings();

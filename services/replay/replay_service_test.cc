@@ -544,6 +544,14 @@ TEST_F(ReplayServiceTest, FencesASecondLearner) {
   EXPECT_THAT(client_->ReserveUpdates(generation + 1, 0, 1, Soon()), StatusIs(absl::StatusCode::kFailedPrecondition));
 }
 
+TEST_F(ReplayServiceTest, ALearnerThatEndsLetsAnotherOneIn) {
+  Start();
+  ASSERT_OK_AND_ASSIGN(const int64_t generation, client_->AcquireLearner("first", Soon()));
+  ASSERT_OK(client_->ReleaseLearner(generation, 0, Soon()));
+  EXPECT_THAT(client_->AcquireLearner("second", Soon()), IsOkAndHolds(generation + 1));
+  EXPECT_THAT(client_->ReleaseLearner(generation, 0, Soon()), StatusIs(absl::StatusCode::kFailedPrecondition));
+}
+
 TEST_F(ReplayServiceTest, KeepsTheNewestSnapshot) {
   Start();
   EXPECT_THAT(client_->GetSnapshot(Soon()), StatusIs(absl::StatusCode::kNotFound));

@@ -6,11 +6,14 @@
 
 #include "absl/strings/str_cat.h"
 #include "libs/base/status.h"
+#include "libs/config/config.h"
 #include "libs/envs/rollout.h"
 #include "libs/tensors/safetensors.h"
 #include "libs/tensors/tensors.h"
 #include "tools/orrery/command.h"
+#include "tools/orrery/inspect_film.h"
 #include "tools/orrery/inspect_model.h"
+#include "tools/orrery/inspect_replay.h"
 
 namespace orrery {
 namespace {
@@ -131,16 +134,77 @@ void AddSnapshot(CLI::App& inspect, Command& command) {
   });
 }
 
+void AddFilm(CLI::App& inspect, Command& command) {
+  CLI::App* view = inspect.add_subcommand("film", "A film of what came beside what the model predicts of it, open loop");
+  auto options = std::make_shared<InspectFilmOptions>();
+  view->add_option("--batch", options->batch, "As for imagine, or one episode (inspect replay --episode=N --out=FILE)")
+      ->type_name("FILE")
+      ->required();
+  view->add_option("--context", options->context, "Rows that are seen")->check(CLI::Range(1, 1000))->capture_default_str();
+  view->add_option("--first_row", options->first_row, "Row to begin with")->check(CLI::NonNegativeNumber)->capture_default_str();
+  view->add_option("--rows", options->rows, "Rows to show")->check(CLI::Range(2, 10000))->capture_default_str();
+  view->add_option("--samples", options->samples, "Predictions drawn, shown below their mean")
+      ->check(CLI::Range(1, 64))
+      ->capture_default_str();
+  view->add_flag("--per_action", options->per_action, "One prediction for each choice of a discrete action, repeated");
+  view->add_flag("--still", options->still, "One picture, time from left to right");
+  view->add_option("--modality", options->modality, "Picture to show (default: the model's first)");
+  view->add_option("--zoom", options->zoom, "Size of a pixel")->check(CLI::Range(1, 16))->capture_default_str();
+  AddModelView(view, command, options, "Seed of the samples; zero: means", InspectFilm);
+}
+
+struct ReplayFlags {
+  std::string run_dir, store, run, rows;
+  int64_t episode = 0;
+  bool json = false;
+};
+
+absl::Status RunReplay(const ReplayFlags& flags, bool one_episode) {
+  UnblockShutdownSignals();
+  StoreOptions options{.location = flags.store, .run = flags.run};
+  if (!flags.run_dir.empty()) {
+    ASSIGN_OR_RETURN(const config::v1::Experiment experiment, LoadExperiment(flags.run_dir + "/config.textproto"));
+    if (options.location.empty()) options.location = absl::StrCat("file:", flags.run_dir, "/replay");
+    if (options.run.empty()) options.run = experiment.name();
+  }
+  if (options.location.empty() || options.run.empty()) {
+    return absl::InvalidArgumentError("give --run_dir=FOLDER, or --store=LOCATION and --run=NAME");
+  }
+  ASSIGN_OR_RETURN(const std::unique_ptr<Store> store, OpenStore(options));
+  InspectReplayOptions view;
+  view.json = flags.json;
+  if (one_episode) view.episode = flags.episode;
+  view.rows_out = flags.rows;
+  return InspectReplay(*store, view, std::cout);
+}
+
+void AddReplay(CLI::App& inspect, Command& command) {
+  CLI::App* replay = inspect.add_subcommand("replay", "Lists the episodes of a run's experience, or writes one's rows");
+  auto flags = std::make_shared<ReplayFlags>();
+  replay->add_option("--run_dir", flags->run_dir, "Folder of a run of `orrery train` that is not running")->type_name("FOLDER");
+  replay->add_option("--store", flags->store, "Where the experience lives: file:FOLDER or redis://HOST:PORT (default: file:RUN_DIR/replay)");
+  replay->add_option("--run", flags->run, "Name of the run (default: the configuration's)");
+  CLI::Option* episode = replay->add_option("--episode", flags->episode, "Writes the rows of this episode");
+  CLI::Option* out = replay->add_option("--out", flags->rows, "Safetensors file for them")->type_name("FILE")->needs(episode);
+  episode->needs(out);
+  replay->add_flag("--json", flags->json, "Prints one JSON object a line");
+  replay->callback([&command, flags, episode] {
+    command = [flags, one = episode->count() > 0] { return RunReplay(*flags, one); };
+  });
+}
+
 }  // namespace
 
 void AddInspectCommand(CLI::App& app, Command& command) {
-  CLI::App* inspect = app.add_subcommand("inspect", "Exact views of losses, plans, imagination, rollouts and snapshots");
+  CLI::App* inspect = app.add_subcommand("inspect", "Exact views of losses, plans, imagination, rollouts, snapshots and experience");
   inspect->require_subcommand(1);
   AddLoss(*inspect, command);
   AddPlan(*inspect, command);
   AddImagine(*inspect, command);
+  AddFilm(*inspect, command);
   AddRollout(*inspect, command);
   AddSnapshot(*inspect, command);
+  AddReplay(*inspect, command);
 }
 
 }  // namespace orrery

@@ -1,11 +1,7 @@
 #include "tools/orrery/inspect_model.h"
 
-#include <ATen/CPUGeneratorImpl.h>
-
 #include <utility>
 
-#include "absl/strings/ascii.h"
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/ascii.h"
@@ -18,87 +14,15 @@
 #include "libs/world_model/imagine.h"
 #include "libs/world_model/layout.h"
 #include "libs/world_model/snapshot.h"
+#include "tools/orrery/inspect_files.h"
 
 namespace orrery {
 namespace {
 
 using torch::Tensor;
 
-// Where noise comes from: exactly one of the three.
-struct Noise {
-  c10::optional<torch::Generator> generator;
-  c10::optional<TensorMap> file;
-};
-
-absl::StatusOr<Noise> OpenNoise(const std::string& text) {
-  Noise noise;
-  uint64_t seed = 0;
-  if (text == "zero") return noise;
-  if (absl::SimpleAtoi(text, &seed)) {
-    noise.generator = at::make_generator<at::CPUGeneratorImpl>(seed);
-    return noise;
-  }
-  ASSIGN_OR_RETURN(SafeTensors file, LoadSafeTensors(text));
-  noise.file = std::move(file.tensors);
-  return noise;
-}
-
-Tensor Find(const TensorMap& tensors, const std::string& name) {
-  const auto it = tensors.find(name);
-  return it == tensors.end() ? Tensor() : it->second;
-}
-
-// Images as uint8 go through the model's preprocessing; everything else is taken as it is.
-absl::Status Preprocess(const WorldModel& model, const config::v1::Modality& modality, const Noise& noise, Tensor& x) {
-  if (!modality.has_image() || x.scalar_type() != at::kByte) return absl::OkStatus();
-  const auto& image = modality.image();
-  const auto is = [&](std::vector<int64_t> shape) { return x.dim() == 5 && x.sizes().slice(2) == at::IntArrayRef(shape); };
-  if (is({image.channels(), image.height(), image.width()})) {
-    x = x.movedim(2, -1);
-  } else if (!is({image.height(), image.width(), image.channels()})) {
-    return absl::InvalidArgumentError(absl::StrCat(modality.name(), " is uint8 ", ShapeString(x.sizes().vec()),
-                                                   "; expected [T, B, ", image.height(), ", ", image.width(), ", ",
-                                                   image.channels(), "]"));
-  }
-  x = model.Preprocess({{modality.name(), x}}, noise.generator).at(modality.name());
-  return absl::OkStatus();
-}
-
-absl::StatusOr<Batch> LoadBatch(const std::string& path, const WorldModel& model, const Noise& noise) {
-  ASSIGN_OR_RETURN(const SafeTensors file, LoadSafeTensors(path));
-  Batch batch;
-  batch.action = Find(file.tensors, "action");
-  batch.reward = Find(file.tensors, "reward");
-  batch.is_first = Find(file.tensors, "is_first");
-  batch.is_terminal = Find(file.tensors, "is_terminal");
-  for (const auto& modality : model.config().modalities()) {
-    Tensor x = Find(file.tensors, modality.name());
-    if (!x.defined())
-      return absl::InvalidArgumentError(absl::StrCat(path, ": ", modality.name(), " is missing"));
-    RETURN_IF_ERROR(Annotate(Preprocess(model, modality, noise, x), path));
-    batch.observations.emplace(modality.name(), x);
-    if (const Tensor there = Find(file.tensors, "available." + modality.name()); there.defined())
-      batch.available.emplace(modality.name(), there);
-  }
-  return batch;
-}
-
-// `name` of the file, drawn (standard normal, or uniform in [0, 1)), or zeros.
-absl::StatusOr<Tensor> TakeNoise(Noise& noise, const std::string& name, std::vector<int64_t> shape, bool uniform = false) {
-  if (noise.generator.has_value()) {
-    return uniform ? at::rand(shape, noise.generator, at::kFloat) : at::randn(shape, noise.generator, at::kFloat);
-  }
-  if (!noise.file.has_value()) return at::zeros(shape);
-  const Tensor x = Find(*noise.file, name);
-  if (x.defined() && x.scalar_type() == at::kFloat && x.sizes() == at::IntArrayRef(shape)) return x;
-  const std::string actual =
-      x.defined() ? absl::StrCat(at::toString(x.scalar_type()), " ", ShapeString(x.sizes().vec())) : "missing";
-  return absl::InvalidArgumentError(
-      absl::StrCat("noise ", name, " is ", actual, "; expected Float ", ShapeString(shape)));
-}
-
 // Everything that the loss of `model` draws; modalities are hidden only by the batch.
-absl::StatusOr<LossNoise> TakeLossNoise(Noise& source, const WorldModel& model, int64_t t, int64_t b) {
+absl::StatusOr<LossNoise> TakeLossNoise(InspectNoise& source, const WorldModel& model, int64_t t, int64_t b) {
   LossNoise noise;
   const int64_t s = model.stochastic_size(), distance = OvershootingDistance(model.config(), /*all=*/true);
   ASSIGN_OR_RETURN(noise.posterior, TakeNoise(source, "posterior", {t, b, s}));
@@ -122,17 +46,11 @@ absl::Status Save(const std::string& path, const TensorMap& tensors) {
   return SaveSafeTensors(path, file);
 }
 
-// "[T, B]" of a batch, from a tensor that must have them first.
-absl::Status CheckLeading(const Tensor& x, int64_t dims, absl::string_view name, const std::string& path) {
-  if (x.defined() && x.dim() == dims && x.numel() > 0) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat(path, ": ", name, " is missing, empty or not of ", dims, " dimensions"));
-}
-
 }  // namespace
 
 absl::Status InspectLoss(const InspectLossOptions& options) {
   ASSIGN_OR_RETURN(const ModelSnapshot snapshot, LoadSnapshot(options.snapshot));
-  ASSIGN_OR_RETURN(Noise source, OpenNoise(options.noise));
+  ASSIGN_OR_RETURN(InspectNoise source, OpenNoise(options.noise));
   ASSIGN_OR_RETURN(const Batch batch, LoadBatch(options.batch, *snapshot.model, source));
   RETURN_IF_ERROR(CheckLeading(batch.reward, 2, "reward", options.batch));
   ASSIGN_OR_RETURN(const LossNoise noise, TakeLossNoise(source, *snapshot.model, batch.reward.size(0), batch.reward.size(1)));
@@ -166,9 +84,9 @@ absl::Status InspectLoss(const InspectLossOptions& options) {
 
 absl::Status InspectPlan(const InspectPlanOptions& options) {
   ASSIGN_OR_RETURN(const ModelSnapshot snapshot, LoadSnapshot(options.snapshot));
-  ASSIGN_OR_RETURN(Noise source, OpenNoise(options.noise));
+  ASSIGN_OR_RETURN(InspectNoise source, OpenNoise(options.noise));
   ASSIGN_OR_RETURN(const SafeTensors state, LoadSafeTensors(options.state));
-  const Tensor deter = Find(state.tensors, "deter"), stoch = Find(state.tensors, "stoch");
+  const Tensor deter = FindTensor(state.tensors, "deter"), stoch = FindTensor(state.tensors, "stoch");
   RETURN_IF_ERROR(CheckLeading(deter, 1, "deter", options.state));
   RETURN_IF_ERROR(CheckLeading(stoch, 1, "stoch", options.state));
   const LatentState belief{deter.to(at::kFloat).unsqueeze(0), stoch.to(at::kFloat).unsqueeze(0)};
@@ -178,7 +96,7 @@ absl::Status InspectPlan(const InspectPlanOptions& options) {
     plan = planner->Plan(*snapshot.model, {belief, {source.generator->current_seed()}});
   } else if (source.file.has_value()) {
     const auto one = [&](const char* name) {
-      const Tensor x = Find(*source.file, name);
+      const Tensor x = FindTensor(*source.file, name);
       return x.defined() ? x.unsqueeze(0) : x;
     };
     plan = planner->PlanWithNoise(*snapshot.model, belief, {one("plan_action"), one("plan_state")});
@@ -189,7 +107,7 @@ absl::Status InspectPlan(const InspectPlanOptions& options) {
 
 absl::Status InspectImagine(const InspectImagineOptions& options) {
   ASSIGN_OR_RETURN(const ModelSnapshot snapshot, LoadSnapshot(options.snapshot));
-  ASSIGN_OR_RETURN(Noise source, OpenNoise(options.noise));
+  ASSIGN_OR_RETURN(InspectNoise source, OpenNoise(options.noise));
   ASSIGN_OR_RETURN(Batch batch, LoadBatch(options.batch, *snapshot.model, source));
   RETURN_IF_ERROR(CheckLeading(batch.action, 3, "action", options.batch));
   const int64_t t = batch.action.size(0), b = batch.action.size(1);
