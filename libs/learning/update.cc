@@ -79,6 +79,13 @@ std::vector<std::pair<const char*, Tensor>> Terms(const LossOutputs& o) {
 
 }  // namespace
 
+const std::vector<std::string>& LossTerms() {
+  static const auto* const terms = new std::vector<std::string>{
+      "total", "observation", "reward", "kl", "overshooting", "observation_overshooting", "global_prior", "continue",
+      "actor", "value"};
+  return *terms;
+}
+
 absl::Status CheckBatch(const config::v1::Model& config, const Batch& batch) {
   if (!batch.reward.defined() || batch.reward.dim() != 2 || batch.reward.numel() == 0)
     return absl::InvalidArgumentError("reward is not [T, B] with at least one row and one sequence");

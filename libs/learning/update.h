@@ -28,9 +28,11 @@ absl::StatusOr<LossAndGradients> ComputeLoss(const WorldModel& model, const Batc
 // The batch's part of these checks.
 absl::Status CheckBatch(const config::v1::Model& config, const Batch& batch);
 
+// Names of everything that an update may report, in the order of a table.
+const std::vector<std::string>& LossTerms();
+
 struct UpdateResult {
-  // By term: "total", "observation", "reward", "kl" and, where they are configured, "overshooting",
-  // "observation_overshooting", "global_prior", "continue", "actor" and "value".
+  // By term: "total", "observation", "reward", "kl", and the others of LossTerms where they are configured.
   std::map<std::string, double> losses;
   double gradient_norm = 0;  // of the model, before clipping
   bool skipped = false;      // a loss or gradient was not finite: parameters and optimizer are as they were

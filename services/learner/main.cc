@@ -88,10 +88,10 @@ class CurveWriter {
  private:
   absl::Status Open(int64_t first_update) {
     ASSIGN_OR_RETURN(events_, EventLog::Create(folder_, first_update, absl::Now()));
-    ASSIGN_OR_RETURN(csv_, CsvLog::Open(folder_ + "/learner.csv",
-                                        {"loss/total", "loss/observation", "loss/reward", "loss/kl", "loss/overshooting",
-                                         "gradient_norm", "update_seconds", "batch_wait_seconds", "rows"},
-                                        first_update - 1));
+    std::vector<std::string> columns;
+    for (const std::string& term : LossTerms()) columns.push_back("loss/" + term);
+    columns.insert(columns.end(), {"gradient_norm", "update_seconds", "batch_wait_seconds", "rows"});
+    ASSIGN_OR_RETURN(csv_, CsvLog::Open(folder_ + "/learner.csv", std::move(columns), first_update - 1));
     return absl::OkStatus();
   }
 

@@ -44,11 +44,10 @@ std::string Minutes(double seconds) {
 absl::StatusOr<std::unique_ptr<RunLog>> RunLog::Open(const std::string& folder, int64_t updates, int action_repeat) {
   std::unique_ptr<RunLog> log(new RunLog(action_repeat));
   absl::MutexLock lock(&log->mu_);
-  ASSIGN_OR_RETURN(log->metrics_,
-                   CsvLog::Open(folder + "/metrics.csv",
-                                {"loss_total", "loss_observation", "loss_reward", "loss_kl", "loss_overshooting",
-                                 "gradient_norm", "update_seconds", "batch_wait_seconds", "environment_steps"},
-                                updates));
+  std::vector<std::string> columns;
+  for (const std::string& term : LossTerms()) columns.push_back("loss_" + term);
+  columns.insert(columns.end(), {"gradient_norm", "update_seconds", "batch_wait_seconds", "environment_steps"});
+  ASSIGN_OR_RETURN(log->metrics_, CsvLog::Open(folder + "/metrics.csv", std::move(columns), updates));
   ASSIGN_OR_RETURN(log->events_, EventLog::Create(folder, updates + 1, absl::Now()));
   RETURN_IF_ERROR(log->OpenEpisodes(folder + "/episodes.csv"));
   return log;
