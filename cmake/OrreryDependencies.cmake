@@ -29,6 +29,7 @@ find_package(Boost REQUIRED)
 pkg_check_modules(hiredis REQUIRED IMPORTED_TARGET hiredis)
 pkg_check_modules(zstd REQUIRED IMPORTED_TARGET libzstd)
 pkg_check_modules(webp REQUIRED IMPORTED_TARGET libwebp libwebpmux libwebpdemux)
+pkg_check_modules(jemalloc REQUIRED IMPORTED_TARGET jemalloc)
 pkg_check_modules(osmesa REQUIRED IMPORTED_TARGET osmesa)
 
 # LibTorch. Its own find_package wants a CUDA toolkit; the libraries below are all that the build needs.

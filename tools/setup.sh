@@ -14,7 +14,7 @@ PACKAGES=(
   build-essential ca-certificates ccache cmake git mold ninja-build pkg-config python3 python3-pip unzip
   libgrpc++-dev protobuf-compiler protobuf-compiler-grpc libprotobuf-dev libabsl-dev
   libhiredis-dev prometheus-cpp-dev libcurl4-openssl-dev libspdlog-dev libcli11-dev
-  libzstd-dev zlib1g-dev libboost-dev libwebp-dev libosmesa6-dev nlohmann-json3-dev
+  libzstd-dev zlib1g-dev libboost-dev libwebp-dev libjemalloc-dev libosmesa6-dev nlohmann-json3-dev
   libgtest-dev libgmock-dev libbenchmark-dev redis-server
 )
 
