@@ -50,6 +50,16 @@ if(ORRERY_CUDA)
     ${ORRERY_LIBTORCH}/lib/libc10_cuda.so -Wl,--as-needed)
   # cuBLAS, cuDNN and the rest are found where the program runs, not here.
   target_link_options(orrery_torch INTERFACE -Wl,--unresolved-symbols=ignore-in-shared-libs)
+  # Headers of the CUDA runtime; no toolkit is needed.
+  file(GLOB default_cuda_include ${ORRERY_CACHE}/cuda-headers-*/nvidia/cu13/include
+    ${ORRERY_CACHE}/cuda-crt-*/nvidia/cu13/include)
+  set(ORRERY_CUDA_INCLUDE "${default_cuda_include}" CACHE STRING "Folders with cuda_runtime_api.h and crt/host_defines.h")
+  find_file(cuda_header cuda_runtime_api.h PATHS ${ORRERY_CUDA_INCLUDE} NO_DEFAULT_PATH NO_CACHE)
+  find_file(cuda_crt_header crt/host_defines.h PATHS ${ORRERY_CUDA_INCLUDE} NO_DEFAULT_PATH NO_CACHE)
+  if(NOT cuda_header OR NOT cuda_crt_header)
+    message(FATAL_ERROR "CUDA's headers not found: cuda_runtime_api.h or crt/host_defines.h is not in "
+      "\"${ORRERY_CUDA_INCLUDE}\". Run tools/setup.sh, or give -DORRERY_CUDA_INCLUDE=<folder>.")
+  endif()
 endif()
 # libtorch_cpu.so of the CUDA wheel loads libcudart and libcupti, which lie in folders of their own.
 set(torch_rpath ${ORRERY_LIBTORCH}/lib ${cuda_runtime_folders})

@@ -15,7 +15,7 @@ PACKAGES=(
   libgrpc++-dev protobuf-compiler protobuf-compiler-grpc libprotobuf-dev libabsl-dev
   libhiredis-dev prometheus-cpp-dev libcurl4-openssl-dev libspdlog-dev libcli11-dev
   libzstd-dev zlib1g-dev libboost-dev libwebp-dev libjemalloc-dev libosmesa6-dev nlohmann-json3-dev
-  libgtest-dev libgmock-dev libbenchmark-dev redis-server
+  libgtest-dev libgmock-dev libbenchmark-dev openssl prometheus prometheus-redis-exporter python3-venv redis-server stunnel4
 )
 
 say() { printf 'setup: %s\n' "$*"; }
@@ -92,6 +92,11 @@ main() {
     fetch_wheel cupti-13.0.85 nvidia-cuda-cupti==13.0.85 4eb01c08e859bf924d222250d2e8f8b8ff6d3db4721288cf35d14252a4d933c8 \
       'nvidia/cu13/lib/libcupti.so.13'
   fi
+  # Headers for -DORRERY_CUDA=ON: no toolkit, no driver and no GPU are needed to build.
+  fetch_wheel cuda-headers-13.0.96 nvidia-cuda-runtime==13.0.96 7f82250d7782aa23b6cfe765ecc7db554bd3c2870c43f3d1821f1d18aebf0548 \
+    'nvidia/cu13/include/*'
+  fetch_wheel cuda-crt-13.0.88 nvidia-cuda-crt==13.0.88 2c8043c7c9e02492716426e9919fc78d2c5b3b2a7a768a88e952676b08aa55a4 \
+    'nvidia/cu13/include/crt/*'
   fetch_wheel mujoco-3.17.0 mujoco==3.17.0 d66928d86a2d1b601bbaa4dc11db50214d17d5301bb8afd84721313b67ff0874 \
     'mujoco/libmujoco.so.3.17.0' 'mujoco/include/mujoco/*.h'
   fetch_wheel dm_control-1.0.50 dm_control==1.0.50 5434e1e51ff69016867426da7df6064b18d140e4d0a628f879bbcf0e7d0a586d \

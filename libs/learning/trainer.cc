@@ -2,6 +2,7 @@
 
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
@@ -18,11 +19,12 @@ constexpr char kGenerator[] = "random.generator";
 
 absl::StatusOr<std::unique_ptr<Trainer>> Trainer::Create(const config::v1::Model& model,
                                                          const config::v1::Learning& learning, uint64_t seed,
-                                                         torch::Device device, int threads) {
+                                                         torch::Device device, int threads, bool bfloat16) {
   ASSIGN_OR_RETURN(std::shared_ptr<WorldModel> world_model, WorldModel::Create(model, DeriveSeed(seed, "parameters")));
   return CatchExceptions(absl::StrCat("training on ", device.str()), [&]() -> absl::StatusOr<std::unique_ptr<Trainer>> {
     world_model->to(device);
     world_model->UseWorkers(std::make_shared<RowWorkers>(threads));
+    if (bfloat16) world_model->UseBfloat16();
     // A generator of this trainer's own, for any kind of device.
     torch::Generator generator = at::globalContext().defaultGenerator(device).clone();
     generator.set_current_seed(DeriveSeed(seed, "noise"));
@@ -32,20 +34,54 @@ absl::StatusOr<std::unique_ptr<Trainer>> Trainer::Create(const config::v1::Model
 
 Trainer::Trainer(std::shared_ptr<WorldModel> model, const config::v1::Learning& learning, torch::Generator generator,
                  torch::Device device)
-    : device_(device), model_(std::move(model)), generator_(std::move(generator)), updater_(model_, learning) {}
+    : device_(device),
+      model_(std::move(model)),
+      generator_(std::move(generator)),
+      updater_(model_, learning),
+      step_(
+          device,
+          [this](const std::vector<torch::Tensor>& stored) {
+            const absl::StatusOr<torch::Tensor> values = updater_.Enqueue(Prepare(stored), generator_);
+            TORCH_CHECK(values.ok(), std::string(values.status().message()));
+            return std::vector<torch::Tensor>{*values};
+          },
+          MakeDeviceGraph(device, {generator_})) {}
+
+absl::StatusOr<std::vector<torch::Tensor>> Trainer::Flatten(const StoredBatch& stored) const {
+  const config::v1::Model& config = model_->config();
+  std::vector<torch::Tensor> tensors;
+  for (const config::v1::Modality& modality : config.modalities()) {
+    const auto found = stored.observations.find(modality.name());
+    if (found == stored.observations.end() || !found->second.defined()) {
+      return absl::InvalidArgumentError(absl::StrCat("the batch has no modality \"", modality.name(), "\""));
+    }
+    tensors.push_back(found->second);
+  }
+  std::vector<std::pair<absl::string_view, torch::Tensor>> others = {
+      {"action", stored.action}, {"reward", stored.reward}, {"is_first", stored.is_first}};
+  if (config.has_continue_head()) others.emplace_back("is_terminal", stored.is_terminal);
+  for (const auto& [name, tensor] : others) {
+    if (!tensor.defined()) return absl::InvalidArgumentError(absl::StrCat("the batch has no ", name));
+    tensors.push_back(tensor);
+  }
+  return tensors;
+}
+
+Batch Trainer::Prepare(const std::vector<torch::Tensor>& stored) {
+  torch::NoGradGuard no_grad;
+  TensorMap observations;
+  size_t i = 0;
+  for (const config::v1::Modality& modality : model_->config().modalities()) observations[modality.name()] = stored[i++];
+  Batch batch{model_->Preprocess(observations, generator_), stored[i], stored[i + 1], stored[i + 2]};
+  if (model_->config().has_continue_head()) batch.is_terminal = stored[i + 3];
+  return batch;
+}
 
 absl::StatusOr<UpdateResult> Trainer::Update(const StoredBatch& stored) {
   return CatchExceptions("update", [&]() -> absl::StatusOr<UpdateResult> {
-    TensorMap observations;
-    for (const auto& [name, tensor] : stored.observations) observations[name] = tensor.to(device_);
-    Batch batch;
-    {
-      torch::NoGradGuard no_grad;
-      batch = {model_->Preprocess(observations, generator_), stored.action.to(device_), stored.reward.to(device_),
-               stored.is_first.to(device_)};
-      if (model_->config().has_continue_head()) batch.is_terminal = stored.is_terminal.to(device_);
-    }
-    return updater_.Update(batch, generator_);
+    ASSIGN_OR_RETURN(const std::vector<torch::Tensor> tensors, Flatten(stored));
+    if (!device_.is_cuda()) return updater_.Update(Prepare(tensors), generator_);
+    return updater_.Read(step_.Run(tensors)[0]);
   });
 }
 

@@ -5,10 +5,12 @@
 
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "libs/config/config.h"
+#include "libs/device/captured_step.h"
 #include "libs/learning/batch_source.h"
 #include "libs/learning/update.h"
 #include "libs/world_model/world_model.h"
@@ -19,12 +21,14 @@ namespace orrery {
 // went through State and Restore in between.
 class Trainer {
  public:
-  // `model` complete; both valid; `threads` share an update on the CPU. INVALID_ARGUMENT or INTERNAL: the model cannot be
-  // made on that device.
+  // `model` complete; both valid; `threads` share an update on the CPU; `bfloat16`: WorldModel::UseBfloat16.
+  // INVALID_ARGUMENT or INTERNAL: the model cannot be made on that device.
   static absl::StatusOr<std::unique_ptr<Trainer>> Create(const config::v1::Model& model,
                                                          const config::v1::Learning& learning, uint64_t seed,
-                                                         torch::Device device, int threads);
-  // One update from a batch as stored: to the device, preprocessed, then the updater. INTERNAL: LibTorch failed.
+                                                         torch::Device device, int threads, bool bfloat16 = false);
+  // One update from a batch as stored: to the device, preprocessed, then the updater. On CUDA the whole of it is one graph, and
+  // all batches must be of one shape; batches in pinned memory arrive faster. INVALID_ARGUMENT names what is missing; INTERNAL:
+  // LibTorch failed.
   absl::StatusOr<UpdateResult> Update(const StoredBatch& batch);
 
   // "param.<name>", the optimizer's "adam.…", "random.generator". Copies on CPU.
@@ -39,11 +43,16 @@ class Trainer {
   Trainer(std::shared_ptr<WorldModel> model, const config::v1::Learning& learning, torch::Generator generator,
           torch::Device device);
   absl::Status CheckParameters(const TensorMap& state) const;
+  // A batch's tensors in a fixed order: modalities, action, reward, is_first and, with a continue head, is_terminal.
+  absl::StatusOr<std::vector<torch::Tensor>> Flatten(const StoredBatch& stored) const;
+  // Such tensors, on the device, as the model takes them.
+  Batch Prepare(const std::vector<torch::Tensor>& stored);
 
   const torch::Device device_;
   std::shared_ptr<WorldModel> model_;
   torch::Generator generator_;
   Updater updater_;
+  CapturedStep step_;  // preprocessing and update on CUDA; refers to this object
 };
 
 }  // namespace orrery

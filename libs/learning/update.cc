@@ -62,6 +62,19 @@ absl::Status CheckMoment(const Tensor& moment, const Tensor& parameter, const st
   return absl::InvalidArgumentError(absl::StrCat(name, " holds a number that is not finite"));
 }
 
+// Gradients of `loss`, zeros where it does not depend on a parameter. They lie in memory as the parameters do: Adam's step goes
+// through both in that order.
+std::vector<Tensor> GradientsOf(const Tensor& loss, const std::vector<Tensor>& parameters, bool allow_unused) {
+  std::vector<Tensor> gradients = torch::autograd::grad({loss}, parameters, /*grad_outputs=*/{},
+                                                        /*retain_graph=*/c10::nullopt, /*create_graph=*/false, allow_unused);
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    Tensor& gradient = gradients[i];
+    if (!gradient.defined()) gradient = at::zeros_like(parameters[i]);
+    if (gradient.strides() != parameters[i].strides()) gradient = at::empty_like(parameters[i].detach()).copy_(gradient);
+  }
+  return gradients;
+}
+
 // Names as in UpdateResult.
 std::vector<std::pair<const char*, Tensor>> Terms(const LossOutputs& o) {
   std::vector<std::pair<const char*, Tensor>> terms = {{"total", o.loss_total},
@@ -112,11 +125,7 @@ absl::StatusOr<LossAndGradients> ComputeLoss(const WorldModel& model, const Batc
     LossAndGradients result{model.Loss(batch, noise, with_overshooting), {}};
     if (!gradients) return result;
     const std::vector<Tensor> parameters = model.parameters();
-    result.gradients = torch::autograd::grad({result.outputs.loss_total}, parameters, /*grad_outputs=*/{},
-                                             /*retain_graph=*/c10::nullopt, /*create_graph=*/false,
-                                             /*allow_unused=*/true);
-    for (size_t i = 0; i < parameters.size(); ++i)
-      if (!result.gradients[i].defined()) result.gradients[i] = at::zeros_like(parameters[i]);
+    result.gradients = GradientsOf(result.outputs.loss_total, parameters, /*allow_unused=*/true);
     return result;
   });
 }
@@ -135,6 +144,7 @@ Updater::Updater(std::shared_ptr<WorldModel> model, const config::v1::Learning& 
     group.first_moments.push_back(at::zeros_like(parameter.value().detach()));
     group.second_moments.push_back(at::zeros_like(parameter.value().detach()));
   }
+  device_steps_ = at::zeros({}, model_group_.parameters[0].options().requires_grad(false));
 }
 
 void Updater::AddBehavior(const LossOutputs& o, torch::Generator& generator, std::vector<Gradients>& gradients,
@@ -143,51 +153,87 @@ void Updater::AddBehavior(const LossOutputs& o, torch::Generator& generator, std
   const LatentState start{o.deter.detach().flatten(0, 1), o.stoch.detach().flatten(0, 1)};
   const BehaviorNoise noise = DrawBehaviorNoise(*model_, start.stoch.size(0), generator);
   const BehaviorOutputs behavior = ImagineBehavior(*model_, start, noise);
-  gradients.push_back({&actor_group_, torch::autograd::grad({behavior.loss_actor}, actor_group_.parameters)});
-  gradients.push_back({&value_group_, torch::autograd::grad({behavior.loss_value}, value_group_.parameters)});
+  gradients.push_back({&actor_group_, GradientsOf(behavior.loss_actor, actor_group_.parameters, /*allow_unused=*/false)});
+  gradients.push_back({&value_group_, GradientsOf(behavior.loss_value, value_group_.parameters, /*allow_unused=*/false)});
   terms.emplace_back("actor", behavior.loss_actor);
   terms.emplace_back("value", behavior.loss_value);
 }
 
-absl::StatusOr<UpdateResult> Updater::Update(const Batch& batch, torch::Generator& generator) {
+absl::StatusOr<Updater::Computed> Updater::Compute(const Batch& batch, torch::Generator& generator) {
   if (!batch.reward.defined() || batch.reward.dim() != 2) return CheckBatch(model_->config(), batch);
   const LossNoise noise = model_->DrawNoise(batch.reward.size(0), batch.reward.size(1), generator, false);
-  ASSIGN_OR_RETURN(LossAndGradients computed, ComputeLoss(*model_, batch, noise, false, /*gradients=*/true));
-  return CatchExceptions("updating", [&]() -> absl::StatusOr<UpdateResult> {
-    const LossOutputs& o = computed.outputs;
-    std::vector<std::pair<const char*, Tensor>> terms = Terms(o);
-    // The model's parameters come first among all (layout.h).
-    computed.gradients.resize(model_group_.parameters.size());
-    std::vector<Gradients> gradients = {{&model_group_, std::move(computed.gradients)}};
-    AddBehavior(o, generator, gradients, terms);
+  ASSIGN_OR_RETURN(LossAndGradients loss, ComputeLoss(*model_, batch, noise, false, /*gradients=*/true));
+  Computed computed;
+  computed.terms = Terms(loss.outputs);
+  // The model's parameters come first among all (layout.h).
+  loss.gradients.resize(model_group_.parameters.size());
+  computed.gradients = {{&model_group_, std::move(loss.gradients)}};
+  AddBehavior(loss.outputs, generator, computed.gradients, computed.terms);
+  torch::NoGradGuard no_grad;
+  std::vector<Tensor> scalars;
+  for (const Gradients& g : computed.gradients)
+    scalars.push_back(at::linalg_vector_norm(at::stack(at::_foreach_norm(g.tensors))));
+  for (const auto& term : computed.terms) scalars.push_back(term.second.detach());
+  computed.values = at::stack(scalars);
+  return computed;
+}
 
+absl::StatusOr<UpdateResult> Updater::Update(const Batch& batch, torch::Generator& generator) {
+  return CatchExceptions("updating", [&]() -> absl::StatusOr<UpdateResult> {
+    ASSIGN_OR_RETURN(Computed computed, Compute(batch, generator));
     torch::NoGradGuard no_grad;
-    std::vector<Tensor> scalars;
-    for (const Gradients& g : gradients) scalars.push_back(at::linalg_vector_norm(at::stack(at::_foreach_norm(g.tensors))));
-    for (const auto& term : terms) scalars.push_back(term.second.detach());
-    const Tensor values = at::stack(scalars).to(at::kCPU, at::kDouble);  // one copy from the device
+    const std::vector<Gradients>& gradients = computed.gradients;
+    const Tensor values = computed.values.to(at::kCPU, at::kDouble);  // one copy from the device
     const double* value = values.const_data_ptr<double>();
 
     UpdateResult result;
     result.gradient_norm = value[0];
-    for (size_t i = 0; i < terms.size(); ++i) result.losses[terms[i].first] = value[gradients.size() + i];
+    for (size_t i = 0; i < computed.terms.size(); ++i) result.losses[computed.terms[i].first] = value[gradients.size() + i];
     result.skipped = !std::all_of(value, value + values.numel(), [](double x) { return std::isfinite(x); });
     if (result.skipped) return result;
-    ++steps_;
+    device_steps_.fill_(++steps_);
     for (size_t i = 0; i < gradients.size(); ++i) {
       if (const double scale = clip_ / (value[i] + 1e-6); scale < 1) at::_foreach_mul_(gradients[i].tensors, scale);
-      Step(*gradients[i].group, gradients[i].tensors);
+      Step(*gradients[i].group, gradients[i].tensors, /*skip=*/c10::nullopt);
     }
     return result;
   });
 }
 
-void Updater::Step(Group& group, const std::vector<Tensor>& gradients) {
-  const Tensor step = at::scalar_tensor(static_cast<float>(steps_), group.parameters[0].options().requires_grad(false));
-  const std::vector<Tensor> steps(group.parameters.size(), step);
+absl::StatusOr<Tensor> Updater::Enqueue(const Batch& batch, torch::Generator& generator) {
+  return CatchExceptions("updating", [&]() -> absl::StatusOr<Tensor> {
+    ASSIGN_OR_RETURN(Computed computed, Compute(batch, generator));
+    torch::NoGradGuard no_grad;
+    enqueued_terms_.clear();
+    for (const auto& term : computed.terms) enqueued_terms_.push_back(term.first);
+    const Tensor skip = computed.values.isfinite().all().logical_not().to(at::kFloat);
+    device_steps_.add_(1 - skip);
+    for (size_t i = 0; i < computed.gradients.size(); ++i) {
+      Gradients& g = computed.gradients[i];
+      at::_foreach_mul_(g.tensors, (clip_ / (computed.values[static_cast<int64_t>(i)] + 1e-6)).clamp_max(1));
+      Step(*g.group, g.tensors, skip);
+    }
+    return computed.values;
+  });
+}
+
+UpdateResult Updater::Read(const Tensor& values) {
+  const Tensor host = values.to(at::kCPU, at::kDouble);
+  const double* value = host.const_data_ptr<double>();
+  const size_t count = static_cast<size_t>(host.numel()), norms = count - enqueued_terms_.size();
+  UpdateResult result;
+  result.gradient_norm = value[0];
+  for (size_t i = norms; i < count; ++i) result.losses[enqueued_terms_[i - norms]] = value[i];
+  result.skipped = !std::all_of(value, value + count, [](double x) { return std::isfinite(x); });
+  if (!result.skipped) ++steps_;
+  return result;
+}
+
+void Updater::Step(Group& group, const std::vector<Tensor>& gradients, const c10::optional<Tensor>& skip) {
+  const std::vector<Tensor> steps(group.parameters.size(), device_steps_);
   at::_fused_adam_(group.parameters, gradients, group.first_moments, group.second_moments, /*max_exp_avg_sqs=*/{}, steps,
                    group.learning_rate, kBeta1, kBeta2, /*weight_decay=*/0, epsilon_, /*amsgrad=*/false,
-                   /*maximize=*/false);
+                   /*maximize=*/false, /*grad_scale=*/{}, /*found_inf=*/skip);
 }
 
 TensorMap Updater::State() const {
@@ -230,6 +276,7 @@ absl::Status Updater::Restore(const TensorMap& state) {
     }
   }
   steps_ = step.item<int64_t>();
+  device_steps_.fill_(steps_);
   return absl::OkStatus();
 }
 

@@ -52,7 +52,14 @@ class Updater {
   // Draws the loss's noise from `generator`. INVALID_ARGUMENT: the batch does not fit the model; nothing changed.
   absl::StatusOr<UpdateResult> Update(const Batch& batch, torch::Generator& generator);
 
-  // Updates that were not skipped.
+  // The same without waiting for the device, so that it can be recorded in a graph (libs/device/captured_step.h): whether the
+  // update is skipped is decided on the device. The result is what Read takes: float32 on the device. For every time that this
+  // is done, Read must be called once, in the same order. Gradients are clipped and steps taken as in Update, up to rounding.
+  absl::StatusOr<torch::Tensor> Enqueue(const Batch& batch, torch::Generator& generator);
+  // What such an update did. Waits for the device.
+  UpdateResult Read(const torch::Tensor& values);
+
+  // Updates that were not skipped, as far as they have been read.
   int64_t steps() const { return steps_; }
   // Optimizer state for a checkpoint: "adam.m.<parameter>", "adam.v.<parameter>" and "adam.step" (int64 scalar). Copies.
   TensorMap State() const;
@@ -73,10 +80,18 @@ class Updater {
     std::vector<torch::Tensor> tensors;
   };
 
+  // Of one batch, before anything is changed.
+  struct Computed {
+    std::vector<Gradients> gradients;
+    std::vector<std::pair<const char*, torch::Tensor>> terms;  // names as in UpdateResult
+    torch::Tensor values;  // norms of the gradients, then the terms: on the device
+  };
+  absl::StatusOr<Computed> Compute(const Batch& batch, torch::Generator& generator);
   // Appends the actor's and the value's gradients and losses.
   void AddBehavior(const LossOutputs& o, torch::Generator& generator, std::vector<Gradients>& gradients,
                    std::vector<std::pair<const char*, torch::Tensor>>& terms);
-  void Step(Group& group, const std::vector<torch::Tensor>& gradients);
+  // Adam's step number device_steps_; none where `skip` (float32 scalar) is 1.
+  void Step(Group& group, const std::vector<torch::Tensor>& gradients, const c10::optional<torch::Tensor>& skip);
   std::vector<Group*> groups() { return {&model_group_, &actor_group_, &value_group_}; }
   std::vector<const Group*> groups() const { return {&model_group_, &actor_group_, &value_group_}; }
 
@@ -84,6 +99,8 @@ class Updater {
   const double epsilon_, clip_;
   Group model_group_, actor_group_, value_group_;  // the last two are empty without model.behavior
   int64_t steps_ = 0;
+  torch::Tensor device_steps_;               // the same on the device, float32 scalar
+  std::vector<const char*> enqueued_terms_;  // of the values that Enqueue gave, behind the norms
 };
 
 }  // namespace orrery

@@ -23,7 +23,7 @@ PlanResult RunCem(const config::v1::Cem& cem, const CemProblem& problem) {
   PlanDistribution plan = StartDistribution(problem, cem.horizon(), /*deviation=*/1);
   Tensor stuck = at::zeros({problem.agents}, problem.options.dtype(at::kBool));  // without a finite plan
   Tensor found = at::zeros_like(stuck);                                          // σ is small enough
-  Tensor non_finite = at::zeros({}, problem.options.dtype(at::kLong));
+  Tensor non_finite = NoneNonFinite(problem);
   Tensor predicted = at::zeros({problem.agents}, problem.options);
   for (int64_t i = 0; i < cem.iterations(); ++i) {
     const Tensor plans = SamplePlans(problem, plan, Draw(cem, problem, i));

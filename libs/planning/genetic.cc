@@ -67,7 +67,7 @@ PlanResult RunGenetic(const config::v1::Genetic& genetic, const PlanProblem& pro
   const int64_t n = problem.agents, p = genetic.population();
   const PlanDistribution start = StartDistribution(problem, genetic.horizon(), /*deviation=*/0);
   BestPlan best = NoPlanYet(start);
-  Tensor non_finite = at::zeros({}, problem.options.dtype(at::kLong));
+  Tensor non_finite = NoneNonFinite(problem);
   Tensor plans = UniformPlans(problem, genetic.horizon(), p);
   for (int64_t g = 0; g < genetic.generations(); ++g) {
     const Tensor returns = MaskNonFinite(Simulate(genetic, problem, plans, g), non_finite);

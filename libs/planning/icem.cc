@@ -22,8 +22,10 @@ Tensor Gains(int64_t h, double beta, const torch::TensorOptions& options) {
     const bool alone = k == 0 || 2 * k == h;  // the others stand for a pair of frequencies, k and -k
     power += (alone ? 1 : 2) * gains.back() * gains.back();
   }
-  const Tensor scaled = torch::tensor(gains, torch::kDouble) * std::sqrt(static_cast<double>(h) / power);
-  return scaled.to(options).view({-1, 1, 1});
+  std::vector<Tensor> scaled;  // filled one by one: a copy to a device could not be recorded in a graph
+  for (const double gain : gains)
+    scaled.push_back(at::full({1, 1, 1}, gain * std::sqrt(static_cast<double>(h) / power), options));
+  return at::cat(scaled);
 }
 
 // The plans drawn from `plan` and the elites that are kept from before, with their returns.
@@ -62,7 +64,7 @@ PlanResult RunIcem(const config::v1::Icem& icem, const PlanProblem& problem) {
   const int64_t kept = std::llround(static_cast<double>(icem.kept_elites()) * icem.elites());
   PlanDistribution plan = StartDistribution(problem, icem.horizon(), icem.initial_std());
   BestPlan best = NoPlanYet(plan);
-  Tensor non_finite = at::zeros({}, problem.options.dtype(at::kLong));
+  Tensor non_finite = NoneNonFinite(problem);
   Elites elites;
   for (int64_t i = 0; i < icem.iterations(); ++i) {
     const Tensor white = problem.normals({icem.horizon(), problem.agents, IcemCandidates(icem, i), problem.action_size});

@@ -24,7 +24,7 @@ Tensor MppiWeights(const Tensor& returns, double temperature) {
 PlanResult RunMppi(const config::v1::Mppi& mppi, const PlanProblem& problem) {
   const int64_t n = problem.agents;
   PlanDistribution plan = StartDistribution(problem, mppi.horizon(), mppi.max_std());
-  Tensor non_finite = at::zeros({}, problem.options.dtype(at::kLong));
+  Tensor non_finite = NoneNonFinite(problem);
   Tensor predicted;
   for (int64_t i = 0; i < mppi.iterations(); ++i) {
     const Tensor normals = problem.normals({mppi.horizon(), n, mppi.candidates(), problem.action_size});

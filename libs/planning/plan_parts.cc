@@ -38,15 +38,25 @@ Tensor PerAgent(const Tensor& x) { return x.view({1, -1, 1, 1}); }
 }  // namespace
 
 AgentNormals::AgentNormals(absl::Span<const uint64_t> seeds, torch::Device device) : device_(device) {
-  for (const uint64_t seed : seeds) generators_.push_back(at::make_generator<at::CPUGeneratorImpl>(seed));
+  for (size_t i = 0; i < seeds.size(); ++i) {
+    generators_.push_back(device.is_cpu() ? at::make_generator<at::CPUGeneratorImpl>()
+                                          : at::globalContext().defaultGenerator(device).clone());
+  }
+  Reseed(seeds);
+}
+
+void AgentNormals::Reseed(absl::Span<const uint64_t> seeds) {
+  TORCH_CHECK(seeds.size() == generators_.size(), seeds.size(), " seeds for ", generators_.size(), " agents");
+  for (size_t i = 0; i < seeds.size(); ++i) generators_[i].set_current_seed(seeds[i]);
 }
 
 Tensor AgentNormals::Draw(at::IntArrayRef sizes) {
   std::vector<int64_t> own = sizes.vec();
   own.erase(own.begin() + 1);
   std::vector<Tensor> normals;
-  for (torch::Generator& generator : generators_) normals.push_back(at::randn(own, generator, at::kFloat));
-  return at::stack(normals, 1).to(device_);
+  const auto options = at::TensorOptions(at::kFloat).device(device_);
+  for (torch::Generator& generator : generators_) normals.push_back(at::randn(own, generator, options));
+  return at::stack(normals, 1);
 }
 
 Tensor ToUniform(const Tensor& normals) {
@@ -93,9 +103,11 @@ Tensor SamplePlans(const PlanProblem& problem, const PlanDistribution& distribut
   return plans;
 }
 
+Tensor NoneNonFinite(const PlanProblem& problem) { return at::zeros({problem.agents}, problem.options.dtype(at::kLong)); }
+
 Tensor MaskNonFinite(const Tensor& returns, Tensor& non_finite) {
   const Tensor bad = returns.isfinite().logical_not();
-  non_finite += bad.sum();
+  non_finite += bad.sum(1);
   return returns.masked_fill(bad, kMinusInfinity);
 }
 
@@ -151,7 +163,8 @@ PlanResult MakeResult(const PlanProblem& problem, const Tensor& mean, const Tens
   result.std = deviation.squeeze(2).transpose(0, 1).contiguous();
   const Tensor first = result.mean.select(1, 0);
   result.action = problem.discrete ? OneHot(first) : first.contiguous();
-  result.non_finite_plans = non_finite.item<int64_t>();
+  result.non_finite = non_finite;
+  if (non_finite.is_cpu()) result.non_finite_plans = non_finite.sum().item<int64_t>();
   return result;
 }
 

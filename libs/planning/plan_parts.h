@@ -11,13 +11,16 @@
 
 namespace orrery {
 
-// Random numbers of N agents: agent n's come from seeds[n] alone. Drawn on the CPU, so that a seed means the same on every
-// device. Not thread-safe.
+// Random numbers of N agents: agent n's come from seeds[n] alone. Each kind of device draws with generators of its own, so a
+// seed means other numbers on CUDA than on the CPU. Not thread-safe.
 class AgentNormals {
  public:
   AgentNormals(absl::Span<const uint64_t> seeds, torch::Device device);
   // As PlanProblem::normals.
   torch::Tensor Draw(at::IntArrayRef sizes);
+  // Begins anew with as many other seeds.
+  void Reseed(absl::Span<const uint64_t> seeds);
+  const std::vector<torch::Generator>& generators() const { return generators_; }
 
  private:
   const torch::Device device_;
@@ -65,7 +68,9 @@ PlanDistribution StartDistribution(const PlanProblem& problem, int64_t horizon, 
 // Plans [H, N, J, A] by standard normals of that shape: clip(mean + std · normals, -1, 1), or one-hot; the first ones are the
 // problem's proposals.
 torch::Tensor SamplePlans(const PlanProblem& problem, const PlanDistribution& distribution, const torch::Tensor& normals);
-// Adds the number of returns that are not finite to `non_finite` (a long scalar) and makes them -inf.
+// [N] int64: what MaskNonFinite counts in.
+torch::Tensor NoneNonFinite(const PlanProblem& problem);
+// Adds each agent's number of returns [N, J] that are not finite to `non_finite` [N] and makes them -inf.
 torch::Tensor MaskNonFinite(const torch::Tensor& returns, torch::Tensor& non_finite);
 // The plans [H, N, K, A] at `index` [N, K] of plans [H, N, J, A].
 torch::Tensor PickPlans(const torch::Tensor& plans, const torch::Tensor& index);

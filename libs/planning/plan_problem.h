@@ -31,7 +31,8 @@ struct PlanResult {
   torch::Tensor mean;              // [N, H, A]: the plan (discrete: probabilities, or one-hot)
   torch::Tensor std;               // [N, H, A]: its spread, 0 from an algorithm that keeps none
   torch::Tensor predicted_return;  // [N]: of the last elites or of the best plan, as each algorithm says; -inf: none finite
-  int64_t non_finite_plans = 0;    // plans whose return was not finite (counted as -inf)
+  torch::Tensor non_finite;        // [N] int64: plans of each agent whose return was not finite (counted as -inf)
+  int64_t non_finite_plans = 0;    // their sum; an algorithm on a device leaves it to be set, as it would have to wait
 };
 
 }  // namespace orrery

@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "libs/base/array.h"
 #include "libs/base/status.h"
+#include "libs/planning/captured_plans.h"
 #include "libs/planning/cem.h"
 #include "libs/planning/genetic.h"
 #include "libs/planning/icem.h"
@@ -32,6 +33,7 @@ struct RolloutOptions {
   bool terminal_value = false;
   int64_t proposals = 0, horizon = 0;  // of the actor: so many plans of that length
   int64_t warm_start_horizon = 0;  // 0: previous plans are not looked at
+  bool fixed = true;               // the same operations whatever the numbers are: can be recorded in a graph
 };
 
 absl::Status CheckShape(const Tensor& tensor, const std::vector<int64_t>& expected, absl::string_view what) {
@@ -100,25 +102,30 @@ Tensor ActorPlans(const WorldModel& model, const LatentState& belief, const Roll
   return at::stack(plans);
 }
 
+// Waits for the device.
+PlanResult Counted(PlanResult plan) {
+  plan.non_finite_plans = plan.non_finite.sum().item<int64_t>();
+  return plan;
+}
+
 // Plans with an algorithm by rolling the plans out in the model.
 class RolloutPlanner : public Planner {
  public:
   using Algorithm = std::function<PlanResult(const PlanProblem&)>;
 
   RolloutPlanner(const RolloutOptions& options, Algorithm algorithm)
-      : options_(options), algorithm_(std::move(algorithm)) {}
+      : options_(options),
+        algorithm_(std::move(algorithm)),
+        captured_([this](const WorldModel& model, const PlanRequest& request, AgentNormals& normals) {
+          return Search(model, request, normals);
+        }) {}
 
   absl::StatusOr<PlanResult> Plan(const WorldModel& model, const PlanRequest& request) const override {
     return CatchExceptions("planning", [&]() -> absl::StatusOr<PlanResult> {
       RETURN_IF_ERROR(CheckRequest(model, request, options_));
-      torch::NoGradGuard no_grad;
+      if (request.belief.deter.is_cuda() && options_.fixed) return captured_.Plan(model, request);
       AgentNormals normals(request.seeds, request.belief.deter.device());
-      PlanProblem problem = MakeProblem(model, request, options_, [&](const Tensor& plans, int64_t) {
-        return normals.Draw({plans.size(0), plans.size(1), plans.size(2), model.stochastic_size()});
-      });
-      problem.normals = [&](at::IntArrayRef sizes) { return normals.Draw(sizes); };
-      if (options_.proposals > 0) problem.proposals = ActorPlans(model, request.belief, options_, normals);
-      return algorithm_(problem);
+      return Counted(Search(model, request, normals));
     });
   }
 
@@ -128,8 +135,19 @@ class RolloutPlanner : public Planner {
   const RolloutOptions& rollout_options() const { return options_; }
 
  private:
+  PlanResult Search(const WorldModel& model, const PlanRequest& request, AgentNormals& normals) const {
+    torch::NoGradGuard no_grad;
+    PlanProblem problem = MakeProblem(model, request, options_, [&](const Tensor& plans, int64_t) {
+      return normals.Draw({plans.size(0), plans.size(1), plans.size(2), model.stochastic_size()});
+    });
+    problem.normals = [&](at::IntArrayRef sizes) { return normals.Draw(sizes); };
+    if (options_.proposals > 0) problem.proposals = ActorPlans(model, request.belief, options_, normals);
+    return algorithm_(problem);
+  }
+
   const RolloutOptions options_;
   const Algorithm algorithm_;
+  mutable CapturedPlans captured_;  // on CUDA; refers to this object
 };
 
 class CemPlanner : public RolloutPlanner {
@@ -152,7 +170,7 @@ class CemPlanner : public RolloutPlanner {
       CemProblem problem{MakeProblem(model, request, rollout_options(),
                                      [&](const Tensor&, int64_t iteration) { return part(noise.state, iteration); }),
                          [&](int64_t iteration) { return part(noise.action, iteration); }};
-      return RunCem(cem_, problem);
+      return Counted(RunCem(cem_, problem));
     });
   }
 
@@ -172,7 +190,7 @@ class RandomPlanner : public Planner {
       PlanProblem problem = MakeProblem(model, request, options_, nullptr);
       problem.normals = [&](at::IntArrayRef sizes) { return normals.Draw(sizes); };
       const Tensor plans = UniformPlans(problem, /*horizon=*/1, /*count=*/1);
-      PlanResult result = MakeResult(problem, plans, at::zeros_like(plans), at::zeros({}, at::kLong));
+      PlanResult result = MakeResult(problem, plans, at::zeros_like(plans), NoneNonFinite(problem));
       result.predicted_return = at::zeros({problem.agents}, problem.options);
       return result;
     });
@@ -287,6 +305,7 @@ absl::StatusOr<std::unique_ptr<Planner>> MakePlanner(const config::v1::Planner& 
   RETURN_IF_ERROR(CheckBehavior("cem", config.cem(), model));
   RolloutOptions cem = with_behavior(config.cem());
   cem.discrete = discrete;
+  cem.fixed = config.cem().early_stop_std() == 0;
   return std::make_unique<CemPlanner>(cem, config.cem());
 }
 

@@ -31,7 +31,7 @@ struct PlanRequest {
   torch::Tensor valid_actions;  // [N, A] bool, at least one true per agent; discrete only. Undefined: all are valid
 };
 
-// Thread-safe: holds only options.
+// Thread-safe: holds only options, and on CUDA what was recorded of plans with the last model. Destroy it before that model.
 class Planner {
  public:
   virtual ~Planner() = default;

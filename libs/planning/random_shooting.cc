@@ -8,7 +8,7 @@ using torch::Tensor;
 
 PlanResult RunRandomShooting(const config::v1::RandomShooting& shooting, const PlanProblem& problem) {
   const PlanDistribution start = StartDistribution(problem, shooting.horizon(), /*deviation=*/0);
-  Tensor non_finite = at::zeros({}, problem.options.dtype(at::kLong));
+  Tensor non_finite = NoneNonFinite(problem);
   const Tensor plans = UniformPlans(problem, shooting.horizon(), shooting.candidates());
   BestPlan best = NoPlanYet(start);
   KeepBetter(plans, MaskNonFinite(problem.objective(plans, 0), non_finite), best);

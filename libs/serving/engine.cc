@@ -13,6 +13,7 @@
 #include "libs/base/random.h"
 #include "libs/base/status.h"
 #include "libs/config/config.h"
+#include "libs/device/captured_step.h"
 #include "libs/tensors/tensors.h"
 
 namespace orrery {
@@ -339,8 +340,12 @@ absl::Status InferenceEngine::WarmUp(const ServedModel& served) const {
     slot.observations[modality.name()] = Array::Zeros(shape.dtype, shape.shape);
   }
   const SlotInput* const slots[] = {&slot};
-  ASSIGN_OR_RETURN(const Outputs outputs, Run(served, slots));
-  return outputs.front().status();
+  const int runs = device_.is_cuda() ? CapturedStep::kWarmUps + 1 : 1;
+  for (int i = 0; i < runs; ++i) {
+    ASSIGN_OR_RETURN(const Outputs outputs, Run(served, slots));
+    RETURN_IF_ERROR(outputs.front().status());
+  }
+  return absl::OkStatus();
 }
 
 absl::StatusOr<torch::Device> ParseDevice(const std::string& name) {

@@ -50,7 +50,7 @@ class InferenceEngine {
   // INTERNAL: nothing could be computed.
   absl::StatusOr<std::vector<absl::StatusOr<SlotOutput>>> Run(const ServedModel& served,
                                                               absl::Span<const SlotInput* const> slots) const;
-  // Computes one slot of zeros.
+  // Computes one slot of zeros: on CUDA so often that the plan has been recorded.
   absl::Status WarmUp(const ServedModel& served) const;
 
  private:

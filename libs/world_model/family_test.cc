@@ -81,6 +81,7 @@ std::vector<Case> SmoothCases() {
       {"GlobalPrior", Small("", "global_prior_scale: 0.3")},
       {"PerOutput", Small("", "", "variance: PER_OUTPUT symlog: true", "variance: PER_OUTPUT transform: TANH")},
       {"Shared", Small("", "", "variance: SHARED decoder_layers: 2 decoder_hidden_size: 3", "variance: SHARED transform: SYMLOG")},
+      {"DecoderActivation", Small("", "", "decoder_layers: 1 decoder_activation: TANH")},
       {"TwoHot", Small("", "", "", "output: TWO_HOT")},
       {"Continue", Small("continue_head { layers: 1 hidden_size: 3 }", "continue_scale: 0.7")},
       {"ObservationOvershooting", Small("", "observation_overshooting { distance: 2 scale: 0.4 }")},
@@ -378,6 +379,41 @@ TEST(Family, ObservationOvershootingOfDistanceOneIsThePriorsPrediction) {
     expected += 2 * 0.5 * (model->Reward(state) - batch.reward[t]).square().sum() / 4;
   }
   EXPECT_TRUE(Near(o.loss_observation_overshooting, expected, 1e-10));
+}
+
+// A model whose state is its observation and whose prior adds the action, both with deviation 1: s' = s + a, q = o. Open-loop
+// predictions from the rows 10, 20, … then land on sums that can be written down.
+TEST(Family, OvershootingLandsWhereAMockCellDoes) {
+  const std::vector<double> o = {10, 20, 30, 40, 50, 60};
+  const std::vector<std::vector<double>> landing = {
+      {10.1, 20.2, 30.3, 40.4, 50.5}, {10.3, 20.5, 30.7, 40.9}, {10.6, 20.9, 31.2}, {11, 21.4}};  // by distance, on rows d to 5
+  for (const bool article : {false, true}) {
+    const auto model = Make(Parse("latent: SSM stochastic_size: 1 hidden_size: 1 activation: RELU min_std: 0.30685281944005469 "
+                                  "action { continuous { size: 1 } } modalities { name: 'o' vector { size: 1 layers: 0 } } "
+                                  "reward { layers: 0 } objective { free_nats: 0 overshooting { distance: 4 scale: 1 " +
+                                  std::string(article ? "form: ARTICLE" : "") + " } }"));
+    torch::NoGradGuard no_grad;
+    auto parameters = model->named_parameters();
+    for (auto& p : parameters) p.value().zero_();
+    parameters["rssm.prior.hidden.weight"].fill_(1);           // [s, a] -> s + a
+    parameters["rssm.posterior.hidden.weight"][0][2] = 1;      // [mean, std, o] -> o
+    for (const char* name : {"rssm.prior.out.weight", "rssm.posterior.out.weight"}) parameters[name][0][0] = 1;
+    Batch batch;
+    batch.observations["o"] = at::tensor(o, at::kDouble).view({6, 1, 1});
+    batch.action = at::arange(6, at::kDouble).view({6, 1, 1}) / 10;
+    batch.reward = at::zeros({6, 1}, at::kDouble);
+    batch.is_first = at::zeros({6, 1}, at::kByte);
+    batch.is_first[0][0] = 1;
+    const LossOutputs out = model->Loss(batch, {.posterior = at::zeros({6, 1, 1}, at::kDouble),
+                                                .overshooting = at::zeros({5, 6, 1, 1}, at::kDouble)}, true);
+    double expected = 0;
+    for (size_t d = article ? 1 : 2; d <= 4; ++d) {
+      double sum = 0;
+      for (size_t i = 0; i < landing[d - 1].size(); ++i) sum += std::pow(o[d + i] - landing[d - 1][i], 2) / 2;
+      expected += sum / static_cast<double>(landing[d - 1].size()) / (article ? 4 : 3);
+    }
+    EXPECT_TRUE(Near(out.loss_overshooting, at::scalar_tensor(expected, at::kDouble), 1e-7)) << article;
+  }
 }
 
 // With distance 1 alone the article's form is the ordinary divergence where nothing resets.

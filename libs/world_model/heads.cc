@@ -33,7 +33,7 @@ Tensor TwoHotBins(const torch::TensorOptions& options) {
 
 Tensor TwoHot(const Tensor& target) {
   const Tensor bins = TwoHotBins(target.options());
-  const Tensor x = target.clamp(bins[0].item(), bins[kTwoHotBins - 1].item());
+  const Tensor x = target.clamp(bins[0], bins[kTwoHotBins - 1]);  // as tensors: numbers would have to come from the device
   const Tensor above = at::searchsorted(bins, x.contiguous()).clamp(1, kTwoHotBins - 1), below = above - 1;
   const Tensor low = bins.index_select(0, below.flatten()).view_as(x), high = bins.index_select(0, above.flatten()).view_as(x);
   const Tensor share = (x - low) / (high - low);
@@ -50,7 +50,8 @@ Tensor TwoHotNll(const Tensor& logits, const Tensor& target) {
 }
 
 Tensor TwoHotMean(const Tensor& logits) {
-  const Tensor terms = at::softmax(logits, -1) * TwoHotBins(logits.options());
+  const Tensor precise = logits.to(at::promote_types(logits.scalar_type(), at::kFloat));
+  const Tensor terms = at::softmax(precise, -1) * TwoHotBins(precise.options());
   const int64_t half = kTwoHotBins / 2;
   return (terms.narrow(-1, half + 1, half) + terms.narrow(-1, 0, half).flip(-1)).sum(-1);  // the middle bin is 0
 }

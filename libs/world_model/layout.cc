@@ -67,6 +67,19 @@ class Builder {
   std::vector<ParameterSpec> specs_;
 };
 
+// Side after one convolution of kernel 4 and stride 2.
+int Halved(int side) { return side < 4 ? 0 : (side - 4) / 2 + 1; }
+
+// Kernels of the transposed convolutions of stride 2 that lead from 1×1 to the picture, the first one first: 6 where the side
+// that comes out is even, 5 where it is odd, and the first one's is its side. 5, 5, 6, 6 at 64 (PlaNet).
+std::vector<int> DecoderKernels(const config::v1::ImageModality& image) {
+  std::vector<int> kernels(ImageLayers(image));
+  int side = image.height();
+  for (size_t i = kernels.size(); i-- > 1; side = (side - kernels[i]) / 2 + 1) kernels[i] = side % 2 == 0 ? 6 : 5;
+  kernels[0] = side;
+  return kernels;
+}
+
 void ImageParameters(const config::v1::Modality& m, int64_t feature, Builder& encoder, Builder& decoder) {
   const auto& image = m.image();
   const int layers = ImageLayers(image);
@@ -78,9 +91,10 @@ void ImageParameters(const config::v1::Modality& m, int64_t feature, Builder& en
   }
   in = EmbeddingSize(m);
   decoder.Linear(absl::StrCat("decoder.", m.name(), ".input"), feature, in);
+  const std::vector<int> kernels = DecoderKernels(image);
   for (int i = 1; i <= layers; ++i) {
     const int64_t out = i == layers ? image.channels() : static_cast<int64_t>(image.depth()) << (layers - 1 - i);
-    const int64_t kernel = i > layers - 2 ? 6 : 5;
+    const int64_t kernel = kernels[i - 1];
     decoder.Deconv(absl::StrCat("decoder.", m.name(), ".deconv", i), in, out, kernel);
     const std::string std = absl::StrCat("decoder.", m.name(), ".std");
     if (i == layers && image.variance() == config::v1::PER_OUTPUT) decoder.Deconv(std, in, out, kernel);
@@ -144,10 +158,18 @@ std::vector<config::v1::Modality> ModalitiesByName(const config::v1::Model& mode
   return sorted;
 }
 
-int ImageLayers(const config::v1::ImageModality& image) { return image.height() == 32 ? 3 : 4; }
+int ImageLayers(const config::v1::ImageModality& image) {
+  int layers = 0;
+  for (int side = image.height(); Halved(side) > 0; side = Halved(side)) ++layers;
+  return layers;
+}
 
 int64_t EmbeddingSize(const config::v1::Modality& m) {
-  if (m.has_image()) return (static_cast<int64_t>(m.image().depth()) << (ImageLayers(m.image()) - 1)) * 4;
+  if (m.has_image()) {
+    int64_t side = m.image().height();
+    for (int i = ImageLayers(m.image()); i > 0; --i) side = Halved(static_cast<int>(side));
+    return (static_cast<int64_t>(m.image().depth()) << (ImageLayers(m.image()) - 1)) * side * side;
+  }
   return m.vector().layers() == 0 ? m.vector().size() : m.vector().hidden_size();
 }
 

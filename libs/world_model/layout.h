@@ -19,10 +19,12 @@ struct ParameterSpec {
 
 // Modalities in the order of their names: the order of embeddings and of parameters.
 std::vector<config::v1::Modality> ModalitiesByName(const config::v1::Model& model);
-// Convolutions (and transposed ones) of an image: 3 at 32×32, 4 at 64×64.
+// Convolutions (and transposed ones) of an image: as many of kernel 4 and stride 2 as its side allows. 3 at 32, 4 at 64 and
+// 84, 5 at 96 and 128.
 int ImageLayers(const config::v1::ImageModality& image);
-// Length of a modality's embedding. Images: depth · 2^(layers-1) channels of 2×2 (32 · depth at 64×64, 16 · depth at
-// 32×32), which is also the number of channels that the decoder starts from at 1×1. Vectors: width of the last layer.
+// Length of a modality's embedding. Images: depth · 2^(layers-1) channels of what is left of the sides (32 · depth at 64×64,
+// 16 · depth at 32×32), which is also the number of channels that the decoder starts from at 1×1. Vectors: width of the last
+// layer.
 int64_t EmbeddingSize(const config::v1::Modality& modality);
 int DecoderLayers(const config::v1::VectorModality& vector);
 int64_t DecoderWidth(const config::v1::VectorModality& vector);

@@ -110,7 +110,8 @@ void WorldModel::Impl::AddOvershooting(const Batch& batch, const Observed& o, co
     const int64_t rows = (t_size - k) * b;
     const auto landed = [&](const Tensor& x) { return x.slice(0, k).flatten(0, 1); };
     // Drops the starts whose k-th step would leave the sequence.
-    state = {state.deter.reshape({-1, deter}).slice(0, 0, rows), state.stoch.reshape({-1, stoch}).slice(0, 0, rows)};
+    const int64_t starts = state.stoch.numel() / stoch;  // deter may be empty
+    state = {state.deter.reshape({starts, deter}).slice(0, 0, rows), state.stoch.reshape({starts, stoch}).slice(0, 0, rows)};
     valid = valid.slice(0, 0, t_size - k).logical_and(first.slice(0, k).logical_not());
     const Tensor counts = valid.reshape({rows});
     const Predicted predicted = PredictFrom(landed(action_part), state);

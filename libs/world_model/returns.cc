@@ -18,6 +18,20 @@ RolloutActivation ToRollout(Activation activation) {
   }
 }
 
+// Up to so many candidates times steps the actions and rewards of all steps are computed at once on a device: fewer operations
+// to launch, which is what small plans wait for, at the price of memory.
+constexpr int64_t kRowsTogether = 1 << 17;
+
+// Adds rewards [H, N] to `total` [N].
+void AddDiscounted(const Tensor& rewards, double discount, Tensor& total) {
+  if (discount == 1) {
+    total.add_(rewards.sum(0));
+    return;
+  }
+  double weight = 1;
+  for (int64_t t = 0; t < rewards.size(0); ++t, weight *= discount) total.add_(rewards[t], weight);
+}
+
 }  // namespace
 
 std::unique_ptr<PackedModel> WorldModel::PackForRollouts(const RolloutKernel& kernel) const {
@@ -62,25 +76,49 @@ std::unique_ptr<PackedModel> WorldModel::Impl::Pack(const RolloutKernel& kernel)
   return pack;
 }
 
-std::shared_ptr<const PackedModel> WorldModel::Impl::Packed() const {
-  std::vector<std::pair<const void*, int64_t>> versions;
+std::vector<std::pair<const void*, int64_t>> WorldModel::Impl::ParameterVersions() const {
+  std::vector<std::pair<const void*, int64_t>> versions = {{nullptr, instance}};
   for (const auto& [name, parameter] : parameters)
     versions.emplace_back(parameter.const_data_ptr(), parameter.is_inference() ? 0 : parameter._version());
+  return versions;
+}
+
+void WorldModel::Impl::DropStale() const {
+  auto versions = ParameterVersions();
+  if (versions == packed_versions) return;
+  packed = nullptr;
+  lowered = nullptr;
+  packed_versions = std::move(versions);
+}
+
+std::shared_ptr<const PackedModel> WorldModel::Impl::Packed() const {
   absl::MutexLock lock(&packed_mu);
-  if (packed == nullptr || versions != packed_versions) {
-    packed = Pack(BestRolloutKernel(bfloat16));
-    packed_versions = std::move(versions);
-  }
+  DropStale();
+  if (packed == nullptr) packed = Pack(BestRolloutKernel(bfloat16));
   return packed;
+}
+
+std::shared_ptr<const WorldModel::Impl> WorldModel::Impl::Lowered() const {
+  absl::MutexLock lock(&packed_mu);
+  DropStale();
+  if (lowered == nullptr) {
+    TensorMap weights;
+    for (const auto& [name, parameter] : parameters) weights.emplace(name, parameter.detach().to(at::kBFloat16));
+    const auto made = std::make_shared<Impl>(config);
+    made->Bind(std::move(weights));
+    lowered = made;
+  }
+  return lowered;
 }
 
 Tensor WorldModel::ImaginedReturns(const LatentState& start, const Tensor& actions, const Tensor& noise,
                                    const ReturnOptions& options) const {
   torch::NoGradGuard no_grad;
   const Tensor used = impl_->latents.deterministic() ? at::zeros_like(noise) : noise;
-  return impl_->can_pack() && !options.terminal_value
-             ? impl_->ReturnsOnCpu(start, actions, used, options)
-             : impl_->ReturnsByTorch(start, actions, used, options);
+  if (impl_->can_pack() && !options.terminal_value) return impl_->ReturnsOnCpu(start, actions, used, options);
+  if (!impl_->bfloat16 || !start.stoch.is_cuda()) return impl_->ReturnsByTorch(start, actions, used, options);
+  const auto low = [](const Tensor& x) { return x.to(at::kBFloat16); };
+  return impl_->Lowered()->ReturnsByTorch({low(start.deter), low(start.stoch)}, low(actions), used, options);
 }
 
 Tensor WorldModel::Impl::ReturnsOnCpu(const LatentState& start, const Tensor& actions, const Tensor& noise,
@@ -96,20 +134,34 @@ Tensor WorldModel::Impl::ReturnsOnCpu(const LatentState& start, const Tensor& ac
   return returns;
 }
 
-// All candidates of an agent begin in its state.
+// All candidates of an agent begin in its state. Sums are at least float32.
 Tensor WorldModel::Impl::ReturnsByTorch(const LatentState& start, const Tensor& actions, const Tensor& noise,
                                         const ReturnOptions& options) const {
-  const int64_t n = actions.size(1), j = actions.size(2), rows = n * j;
+  const int64_t h = actions.size(0), n = actions.size(1), j = actions.size(2), rows = n * j;
   const auto spread = [&](const Tensor& x) { return x.unsqueeze(1).expand({n, j, x.size(1)}).reshape({rows, x.size(1)}); };
+  const at::ScalarType type = start.stoch.scalar_type(), sum_type = at::promote_types(type, at::kFloat);
+  const auto rewards_of = [&](const Tensor& feature) {
+    return PlannedReward(config.reward().transform(), PredictReward(feature).mean.to(sum_type));
+  };
+  const bool together = !actions.is_cpu() && h * rows <= kRowsTogether;
+  const Tensor action_parts = together ? ActionPart(actions.reshape({h, rows, action_size})) : Tensor();
   LatentState state{spread(start.deter), spread(start.stoch)};
-  Tensor total = at::zeros({rows}, start.stoch.options());
+  Tensor total = at::zeros({rows}, start.stoch.options().dtype(sum_type));
+  std::vector<Tensor> features;
   double weight = 1;
-  for (int64_t t = 0; t < actions.size(0); ++t, weight *= options.discount) {
-    const Predicted predicted = PredictFrom(ActionPart(actions[t].reshape({rows, action_size})), state);
-    state = {predicted.deter, latents.Sample(predicted.prior, noise[t].reshape({rows, stoch}))};
-    const Tensor mean = PredictReward(at::cat({state.deter, state.stoch}, -1)).mean;
-    total.add_(PlannedReward(config.reward().transform(), mean), weight);
+  for (int64_t t = 0; t < h; ++t, weight *= options.discount) {
+    const Tensor action_part = together ? action_parts[t] : ActionPart(actions[t].reshape({rows, action_size}));
+    const Predicted predicted = PredictFrom(action_part, state);
+    const Tensor drawn = noise[t].reshape({rows, stoch});
+    state = {predicted.deter, latents.Sample(predicted.prior, latents.categorical() ? drawn : drawn.to(type))};
+    const Tensor feature = at::cat({state.deter, state.stoch}, -1);
+    if (together) {
+      features.push_back(feature);
+    } else {
+      total.add_(rewards_of(feature), weight);
+    }
   }
+  if (together) AddDiscounted(rewards_of(at::cat(features)).view({h, rows}), options.discount, total);
   if (options.terminal_value) total.add_(ValueOf(at::cat({state.deter, state.stoch}, -1)), weight);
   return total.view({n, j});
 }

@@ -119,25 +119,38 @@ void PutActivated(RolloutActivation activation, const float* from, int64_t count
   }
 }
 
-// y[n] = bias[n] + sum over k of weight[n][k] x[k]: features in, rows of kRows floats out.
+// Outputs `first` to first + part - 1 of a layer, all of one tile; those beyond the last one are not stored.
+template <int part>
+ORRERY_INLINE void ApplyPart(const RolloutLayer& layer, int64_t first, const float* x, float* y) {
+  const float* weight = layer.weight + first / kTile * kTile * layer.inputs + first % kTile;
+  Vec sum[part][kVectors];
+  for (int n = 0; n < part; ++n)
+    for (int v = 0; v < kVectors; ++v) sum[n][v] = Fill(layer.bias[first + n]);
+  for (int64_t k = 0; k < layer.inputs; ++k) {
+    Vec in[kVectors];
+    for (int v = 0; v < kVectors; ++v) in[v] = Load(x + k * kRows + v * kLanes);
+#pragma GCC unroll 12
+    for (int n = 0; n < part; ++n)
+      for (int v = 0; v < kVectors; ++v) sum[n][v] = MultiplyAdd(sum[n][v], in[v], weight + k * kTile + n);
+  }
+#pragma GCC unroll 12
+  for (int n = 0; n < part; ++n) {
+    if (first + n >= layer.outputs) break;
+    for (int v = 0; v < kVectors; ++v) Store(y + (first + n) * kRows + v * kLanes, sum[n][v]);
+  }
+}
+
+// y[n] = bias[n] + sum over k of weight[n][k] x[k]: features in, rows of kRows floats out. A third or two of a part are enough for
+// the last few outputs.
 void Apply(const RolloutLayer& layer, const float* x, float* y) {
-  for (int64_t first = 0; first < layer.outputs; first += kPart) {
-    const float* weight = layer.weight + first / kTile * kTile * layer.inputs + first % kTile;
-    Vec sum[kPart][kVectors];
-    for (int n = 0; n < kPart; ++n)
-      for (int v = 0; v < kVectors; ++v) sum[n][v] = Fill(layer.bias[first + n]);
-    for (int64_t k = 0; k < layer.inputs; ++k) {
-      Vec in[kVectors];
-      for (int v = 0; v < kVectors; ++v) in[v] = Load(x + k * kRows + v * kLanes);
-#pragma GCC unroll 12
-      for (int n = 0; n < kPart; ++n)
-        for (int v = 0; v < kVectors; ++v) sum[n][v] = MultiplyAdd(sum[n][v], in[v], weight + k * kTile + n);
-    }
-#pragma GCC unroll 12
-    for (int n = 0; n < kPart; ++n) {
-      if (first + n >= layer.outputs) break;
-      for (int v = 0; v < kVectors; ++v) Store(y + (first + n) * kRows + v * kLanes, sum[n][v]);
-    }
+  constexpr int kThird = kPart / 3;
+  static_assert(kPart % 3 == 0);
+  int64_t first = 0;
+  for (; layer.outputs - first > 2 * kThird; first += kPart) ApplyPart<kPart>(layer, first, x, y);
+  if (layer.outputs - first > kThird) {
+    ApplyPart<2 * kThird>(layer, first, x, y);
+  } else if (layer.outputs > first) {
+    ApplyPart<kThird>(layer, first, x, y);
   }
 }
 

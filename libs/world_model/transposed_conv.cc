@@ -39,7 +39,9 @@ Tensor ByPhases(const Tensor& x, const Tensor& weight, const Tensor& bias) {
 Tensor TransposedConv(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   if (x.size(2) == 1 && x.size(3) == 1) return FromOnePixel(x, weight, bias);
   if (x.is_cpu() && weight.size(1) <= kFewChannels && weight.size(2) % 2 == 0) return ByPhases(x, weight, bias);
-  return at::conv_transpose2d(x, weight, bias, /*stride=*/2);
+  // A GPU's tensor cores take channels last.
+  const Tensor laid_out = x.is_cuda() ? x.contiguous(at::MemoryFormat::ChannelsLast) : x;
+  return at::conv_transpose2d(laid_out, weight, bias, /*stride=*/2);
 }
 
 }  // namespace orrery

@@ -2,6 +2,8 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 
+#include <atomic>
+
 #include "absl/strings/str_cat.h"
 #include "libs/base/array.h"
 #include "libs/base/random.h"
@@ -59,7 +61,7 @@ class Binder {
   const TensorMap& parameters_;
 };
 
-ModalityNet BindModality(const config::v1::Modality& m, const Binder& binder) {
+ModalityNet BindModality(const config::v1::Modality& m, config::v1::Model::Activation activation, const Binder& binder) {
   ModalityNet net;
   net.name = m.name();
   net.is_image = m.has_image();
@@ -76,6 +78,7 @@ ModalityNet BindModality(const config::v1::Modality& m, const Binder& binder) {
     net.symlog = m.vector().symlog();
     net.encoder = binder.Several(encoder + ".fc");
     net.decoder = binder.Network(decoder);
+    net.decoder_activation = m.vector().has_decoder_activation() ? m.vector().decoder_activation() : activation;
   }
   if (net.variance == config::v1::PER_OUTPUT) net.std = binder.One(decoder + ".std");
   if (net.variance == config::v1::SHARED) net.raw_std = binder.Find(decoder + ".std");
@@ -84,10 +87,13 @@ ModalityNet BindModality(const config::v1::Modality& m, const Binder& binder) {
 
 Tensor Feature(const LatentState& state) { return at::cat({state.deter, state.stoch}, -1); }
 
+std::atomic<int64_t> next_instance = 0;
+
 }  // namespace
 
 WorldModel::Impl::Impl(const config::v1::Model& model)
     : config(model),
+      instance(next_instance++),
       latents(model),
       deter(DeterministicSize(model)),
       stoch(latents.size()),
@@ -101,7 +107,7 @@ void WorldModel::Impl::Bind(TensorMap named) {
   const Binder binder(parameters);
   int64_t begin = 0;
   for (const config::v1::Modality& m : ModalitiesByName(config)) {
-    modalities.push_back(BindModality(m, binder));
+    modalities.push_back(BindModality(m, activation, binder));
     modalities.back().begin = begin;
     begin += modalities.back().embedding;
   }
@@ -138,9 +144,11 @@ Tensor WorldModel::Impl::EncodeOne(const ModalityNet& net, const Tensor& x) cons
     return y;
   }
   const auto convolutions = [&](const Tensor& image) {
-    Tensor y = image;
-    for (const Layer& l : net.encoder) y = Activate(conv_activation, at::conv2d(y, l.weight, l.bias, /*stride=*/2));
-    return y.flatten(1);
+    const at::ScalarType type = ConvolutionType(image);
+    Tensor y = image.to(type);
+    for (const Layer& l : net.encoder)
+      y = Activate(conv_activation, at::conv2d(y, l.weight.to(type), l.bias.to(type), /*stride=*/2));
+    return y.flatten(1).to(image.scalar_type());
   };
   return ByWorkers(convolutions, x, net.encoder);
 }
@@ -148,7 +156,7 @@ Tensor WorldModel::Impl::EncodeOne(const ModalityNet& net, const Tensor& x) cons
 Likelihood WorldModel::Impl::DecodeOne(const ModalityNet& net, const Tensor& feature) const {
   const auto shared = [&] { return net.raw_std.defined() ? LikelihoodStd(net.raw_std) : Tensor(); };
   if (!net.is_image) {
-    const Tensor y = net.decoder.Feature(activation, feature);
+    const Tensor y = net.decoder.Feature(net.decoder_activation, feature);
     return {net.decoder.out(y), net.std.weight.defined() ? LikelihoodStd(net.std(y)) : shared()};
   }
   // Mean, and behind it along the channels the raw deviation.
@@ -157,12 +165,13 @@ Likelihood WorldModel::Impl::DecodeOne(const ModalityNet& net, const Tensor& fea
     layers.back() = {at::cat({layers.back().weight, net.std.weight}, 1), at::cat({layers.back().bias, net.std.bias}), {}, {}};
   }
   const auto deconvolutions = [&](const Tensor& pixel) {
-    Tensor y = pixel;
+    const at::ScalarType type = ConvolutionType(pixel);
+    Tensor y = pixel.to(type);
     for (size_t i = 0; i < layers.size(); ++i) {
-      y = TransposedConv(y, layers[i].weight, layers[i].bias);
+      y = TransposedConv(y, layers[i].weight.to(type), layers[i].bias.to(type));
       if (i + 1 < layers.size()) y = Activate(conv_activation, y);
     }
-    return y;
+    return y.to(pixel.scalar_type());
   };
   const Tensor y = ByWorkers(deconvolutions, net.decoder_input(feature).unsqueeze(-1).unsqueeze(-1), layers);
   if (!net.std.weight.defined()) return {y, shared()};
@@ -217,6 +226,7 @@ absl::StatusOr<std::shared_ptr<WorldModel>> WorldModel::Create(const config::v1:
 
 const config::v1::Model& WorldModel::config() const { return impl_->config; }
 uint64_t WorldModel::StructureHash() const { return impl_->structure_hash; }
+std::vector<std::pair<const void*, int64_t>> WorldModel::ParameterVersions() const { return impl_->ParameterVersions(); }
 void WorldModel::UseWorkers(std::shared_ptr<RowWorkers> workers) { impl_->workers = std::move(workers); }
 void WorldModel::UseBfloat16() { impl_->bfloat16 = true; }
 int WorldModel::deterministic_size() const { return static_cast<int>(impl_->deter); }
@@ -229,17 +239,16 @@ LatentState WorldModel::InitialState(int64_t n) const {
 }
 
 TensorMap WorldModel::Preprocess(const TensorMap& stored, c10::optional<torch::Generator> generator) const {
-  const at::Device device = impl_->prior_out.bias.device();
   TensorMap out;
   for (const ModalityNet& net : impl_->modalities) {
     const auto it = stored.find(net.name);
     if (it == stored.end()) continue;
     if (!net.is_image) {
-      out.emplace(net.name, it->second.to(device, at::kFloat));
+      out.emplace(net.name, it->second.to(at::kFloat));
       continue;
     }
     // HWC in memory is what convolutions take fastest; only the order of the dimensions changes.
-    Tensor x = it->second.to(device).to(at::kFloat).movedim(-1, -3);
+    Tensor x = it->second.to(at::kFloat).movedim(-1, -3);
     const int bits = net.image.bits();
     if (bits == 8) {
       x.mul_(1.0 / 255).sub_(0.5);

@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -90,10 +91,14 @@ class WorldModel : public torch::nn::Module {
   // of the batch: the result does not depend on the number of threads, and a gradient can be taken only once. Call before
   // anything else.
   void UseWorkers(std::shared_ptr<RowWorkers> workers);
-  // ImaginedReturns on the CPU with bfloat16 dot products where the processor has them. Call before anything else.
+  // ImaginedReturns with bfloat16 products: on the CPU by its kernels, where the processor has such dot products; on CUDA
+  // always, and there the convolutions too, also those of Loss. Parameters stay float32. Call before anything else.
   void UseBfloat16();
   // Hash of names and shapes of all parameters.
   uint64_t StructureHash() const;
+  // Which model this is, where each parameter lies, and how often it was changed: while this stays the same, what was computed
+  // from the parameters holds.
+  std::vector<std::pair<const void*, int64_t>> ParameterVersions() const;
   int deterministic_size() const;
   int stochastic_size() const;
   int action_size() const;
@@ -101,7 +106,8 @@ class WorldModel : public torch::nn::Module {
   // Zeros.
   LatentState InitialState(int64_t n) const;
   // Stored observations (images [N…, H, W, C] uint8, vectors float32) to what the encoder takes (images [N…, C, H, W]
-  // float32): quantisation to `bits` with fresh uniform noise from `generator` (undefined: no noise, as 8 bits).
+  // float32): quantisation to `bits` with fresh uniform noise from `generator` (undefined: no noise, as 8 bits). On the
+  // device of what is given, where the generator must be, too.
   TensorMap Preprocess(const TensorMap& stored, c10::optional<torch::Generator> generator) const;
   // Of preprocessed observations without time dimension ([N, C, H, W]). `available` [N] bool by modality; one without an
   // entry is there for all. A modality that is missing from `observations` is there for none; `n` is needed when all are.

@@ -27,6 +27,7 @@ struct ModalityNet {
   Layer decoder_input;              // images
   std::vector<Layer> deconvolutions;
   Mlp decoder;                      // vectors
+  config::v1::Model::Activation decoder_activation = config::v1::Model::RELU;
   torch::Tensor raw_std;            // SHARED: one number
   Layer std;                        // PER_OUTPUT
 };
@@ -60,10 +61,16 @@ struct WorldModel::Impl {
   // Binds the networks to the parameters by name.
   void Bind(TensorMap named);
   torch::TensorOptions options() const { return prior_out.bias.options().requires_grad(false); }
+  // As WorldModel::ParameterVersions.
+  std::vector<std::pair<const void*, int64_t>> ParameterVersions() const;
 
   // Networks (world_model.cc).
   torch::Tensor EncodeOne(const ModalityNet& net, const torch::Tensor& x) const;
   Likelihood DecodeOne(const ModalityNet& net, const torch::Tensor& feature) const;
+  // In what convolutions of x compute.
+  at::ScalarType ConvolutionType(const torch::Tensor& x) const {
+    return bfloat16 && x.is_cuda() ? at::kBFloat16 : x.scalar_type();
+  }
   // `f` of all rows of x, by the workers where there are some and a gradient is wanted.
   torch::Tensor ByWorkers(const std::function<torch::Tensor(const torch::Tensor&)>& f, const torch::Tensor& x,
                           const std::vector<Layer>& layers) const;
@@ -124,9 +131,14 @@ struct WorldModel::Impl {
                              const ReturnOptions& options) const;
   // The weights as rollouts on the CPU take them, packed anew when a parameter has changed.
   std::shared_ptr<const PackedModel> Packed() const;
+  // The networks with their weights in bfloat16, made anew when a parameter has changed.
+  std::shared_ptr<const Impl> Lowered() const;
   std::unique_ptr<PackedModel> Pack(const RolloutKernel& kernel) const;
+  // Forgets what was made of other parameters.
+  void DropStale() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(packed_mu);
 
   const config::v1::Model config;
+  const int64_t instance;  // no two models of a process have the same
   const Latents latents;
   const int64_t deter, stoch, action_size;
   const double min_std;
@@ -145,7 +157,8 @@ struct WorldModel::Impl {
 
   mutable absl::Mutex packed_mu;
   mutable std::shared_ptr<const PackedModel> packed ABSL_GUARDED_BY(packed_mu);
-  mutable std::vector<std::pair<const void*, int64_t>> packed_versions ABSL_GUARDED_BY(packed_mu);
+  mutable std::shared_ptr<const Impl> lowered ABSL_GUARDED_BY(packed_mu);
+  mutable std::vector<std::pair<const void*, int64_t>> packed_versions ABSL_GUARDED_BY(packed_mu);  // of what is there
 };
 
 }  // namespace orrery

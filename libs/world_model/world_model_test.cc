@@ -1,6 +1,7 @@
 #include "libs/world_model/world_model.h"
 
 #include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
 #include "libs/base/status_matchers.h"
 #include "libs/world_model/golden.h"
 #include "libs/world_model/imagine.h"
@@ -118,6 +119,31 @@ TEST(WorldModel, HasTheParametersOfTheDocumentation) {
   EXPECT_EQ(parameters["decoder.image.input.weight"].sizes(), (at::IntArrayRef{16, 8}));
   EXPECT_EQ(parameters["decoder.image.deconv2.weight"].sizes(), (at::IntArrayRef{2, 1, 6, 6}));
   EXPECT_EQ(parameters["rssm.posterior.hidden.weight"].sizes(), (at::IntArrayRef{4, 5 + 16 + 3}));
+}
+
+// Layers and embeddings counted by hand; the decoder gives the picture its size back.
+TEST(WorldModel, PicturesMayHaveOtherSizes) {
+  struct Case {
+    int side, layers, embedding, first_kernel;
+  };
+  for (const Case& c : {Case{32, 3, 4 * 2 * 2, 5}, {48, 4, 8, 3}, {64, 4, 8 * 2 * 2, 5}, {65, 4, 8 * 2 * 2, 5}, {84, 4, 8 * 3 * 3, 7},
+                        {96, 5, 16, 3}, {128, 5, 16 * 2 * 2, 5}}) {
+    config::v1::Model config = SmallConfig();
+    config.mutable_modalities(1)->mutable_image()->set_height(c.side);
+    config.mutable_modalities(1)->mutable_image()->set_width(c.side);
+    const auto model = Make(config);
+    const auto parameters = model->named_parameters();
+    EXPECT_TRUE(parameters.contains(absl::StrCat("encoder.image.conv", c.layers, ".weight"))) << c.side;
+    EXPECT_FALSE(parameters.contains(absl::StrCat("encoder.image.conv", c.layers + 1, ".weight"))) << c.side;
+    EXPECT_EQ(parameters["decoder.image.input.weight"].sizes(), (at::IntArrayRef{c.embedding, 8})) << c.side;
+    EXPECT_EQ(parameters["decoder.image.deconv1.weight"].size(2), c.first_kernel) << c.side;
+    torch::Generator g = Seeded(3);
+    const LossOutputs o = model->Loss(RandomBatch(config, 3, 2), model->DrawNoise(3, 2, g, false), false);
+    EXPECT_EQ(o.embed.size(-1), c.embedding + 3) << c.side;
+    EXPECT_EQ(o.recon.at("image").sizes(), (at::IntArrayRef{3, 2, 1, c.side, c.side}));
+    o.loss_total.backward();
+    for (const auto& p : parameters) EXPECT_TRUE(p.value().grad().defined() && p.value().grad().isfinite().all().item<bool>()) << p.key();
+  }
 }
 
 TEST(WorldModel, InitialisesFromTheSeedAlone) {
