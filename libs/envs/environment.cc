@@ -4,18 +4,35 @@
 #include "absl/strings/str_join.h"
 #include "libs/base/random.h"
 #include "libs/base/status.h"
+#include "libs/envs/ball_in_cup.h"
 #include "libs/envs/cartpole.h"
+#include "libs/envs/cheetah.h"
+#include "libs/envs/discrete_actions.h"
+#include "libs/envs/finger.h"
+#include "libs/envs/hopper.h"
 #include "libs/envs/mujoco_task.h"
+#include "libs/envs/pendulum.h"
 #include "libs/envs/point_pixels.h"
+#include "libs/envs/reacher.h"
 #include "libs/envs/simulator.h"
+#include "libs/envs/walker.h"
 
 namespace orrery {
 namespace {
 
 constexpr char kPointPixels[] = "point_pixels";
+constexpr char kPointPixelsDiscrete[] = "point_pixels_discrete";
+constexpr int kLeastImageSize = 32, kMostImageSize = 128;
 
 // Every MuJoCo task: a domain's tasks are added here.
-std::vector<MujocoTask> MujocoTasks() { return CartpoleTasks(); }
+std::vector<MujocoTask> MujocoTasks() {
+  std::vector<MujocoTask> all;
+  for (const auto domain : {BallInCupTasks, CartpoleTasks, CheetahTasks, FingerTasks, HopperTasks, PendulumTasks, ReacherTasks,
+                            WalkerTasks}) {
+    for (MujocoTask& task : domain()) all.push_back(std::move(task));
+  }
+  return all;
+}
 
 }  // namespace
 
@@ -32,15 +49,20 @@ std::vector<std::string> KnownTasks() {
   std::vector<std::string> names;
   for (const MujocoTask& task : MujocoTasks()) names.push_back(task.name);
   names.push_back(kPointPixels);
+  names.push_back(kPointPixelsDiscrete);
   return names;
 }
 
 absl::StatusOr<std::unique_ptr<Simulator>> MakeSimulator(const std::string& task, int image_size,
                                                          EnvironmentOptions::Quality quality) {
-  if (image_size != 32 && image_size != 64) {
-    return absl::InvalidArgumentError(absl::StrCat("image_size is ", image_size, ", expected 32 or 64"));
+  if (image_size < kLeastImageSize || image_size > kMostImageSize) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("image_size is ", image_size, ", expected ", kLeastImageSize, " to ", kMostImageSize));
   }
   if (task == kPointPixels) return MakePointPixels(image_size);
+  if (task == kPointPixelsDiscrete) {
+    return absl::InvalidArgumentError(absl::StrCat(task, " is ", kPointPixels, " with choices in place of its actions: use that"));
+  }
   for (const MujocoTask& candidate : MujocoTasks()) {
     if (candidate.name == task) return MakeMujocoSimulator(candidate, image_size, quality);
   }
@@ -60,6 +82,13 @@ EnvironmentOptions ToEnvironmentOptions(const config::v1::Environment& environme
 }
 
 absl::StatusOr<std::unique_ptr<Environment>> MakeEnvironment(const EnvironmentOptions& options) {
+  if (options.task == kPointPixelsDiscrete) {
+    EnvironmentOptions continuous = options;
+    continuous.task = kPointPixels;
+    continuous.action_size = 0;
+    ASSIGN_OR_RETURN(auto environment, MakeEnvironment(continuous));
+    return MakeDiscreteActions(std::move(environment), {{0, 0}, {-1, 0}, {1, 0}, {0, -1}, {0, 1}});
+  }
   if (options.action_repeat < 1) {
     return absl::InvalidArgumentError(absl::StrCat("action_repeat is ", options.action_repeat, ", expected at least 1"));
   }
@@ -67,7 +96,13 @@ absl::StatusOr<std::unique_ptr<Environment>> MakeEnvironment(const EnvironmentOp
     return absl::InvalidArgumentError(absl::StrCat("time_limit is ", options.time_limit, ", expected at least 0"));
   }
   ASSIGN_OR_RETURN(auto simulator, MakeSimulator(options.task, options.image_size, options.quality));
-  return MakeSimulatorEnvironment(std::move(simulator), options.image_size, options.action_repeat, options.time_limit);
+  const int action_size = static_cast<int>(simulator->action_range().size());
+  if (options.action_size != 0 && options.action_size < action_size) {
+    return absl::InvalidArgumentError(absl::StrCat("action_size is ", options.action_size, ", expected 0 or at least ",
+                                                   action_size, ", what ", options.task, " takes"));
+  }
+  return MakeSimulatorEnvironment(std::move(simulator), options.image_size, options.action_repeat, options.time_limit,
+                                  options.action_size);
 }
 
 }  // namespace orrery

@@ -84,16 +84,19 @@ struct EnvironmentOptions {
   enum class Quality { kReference, kFast };
   std::string task;
   int action_repeat = 1;
-  int image_size = 64;
+  int image_size = 64;  // 32 to 128
   Quality quality = Quality::kFast;
   int time_limit = 0;  // simulator steps; 0: the task's own
+  // Numbers of a continuous action; 0: the task's own; larger: further numbers are ignored, so that one agent can play tasks
+  // with fewer actuators.
+  int action_size = 0;
 };
 
 // What orrery.config.v1.Environment says.
 EnvironmentOptions ToEnvironmentOptions(const config::v1::Environment& environment);
 
 // Makes a task with action repeat (rewards summed, stops at the end of the episode) around it.
-// NOT_FOUND lists the known tasks, or names the missing MuJoCo file.
+// NOT_FOUND lists the known tasks, or names the missing MuJoCo file; INVALID_ARGUMENT names the option out of range.
 absl::StatusOr<std::unique_ptr<Environment>> MakeEnvironment(const EnvironmentOptions& options);
 // Names of all tasks.
 std::vector<std::string> KnownTasks();

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <limits>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <random>
 #include <set>
@@ -32,22 +33,31 @@ using Rows = std::vector<std::vector<double>>;
 
 // What dm_control saw; see testdata/make_golden.py.
 struct Golden {
-  Rows action, qpos, qvel, position, velocity;
+  Rows action;
   std::vector<double> reward;
-  std::vector<size_t> frames;
-  std::string pixels;  // 64x64 then 32x32
+  std::vector<size_t> starts = {0};  // first step of each rollout
+  std::map<std::string, Rows> rows;  // qpos, qvel, observations: in each rollout one row more than steps
+  std::vector<size_t> frames;        // rows with a picture
+  std::string pixels;                // 64x64 then 32x32
 
   explicit Golden(const std::string& task) {
     const std::string base = SourceFile("libs/envs/testdata/" + task);
     const auto json = nlohmann::json::parse(ReadFile(base + ".json").value());
     json.at("action").get_to(action);
-    json.at("qpos").get_to(qpos);
-    json.at("qvel").get_to(qvel);
-    json.at("position").get_to(position);
-    json.at("velocity").get_to(velocity);
     json.at("reward").get_to(reward);
     json.at("frames").get_to(frames);
+    if (json.contains("starts")) json.at("starts").get_to(starts);
+    for (const auto& [name, values] : json.items()) {
+      if (name != "action" && name != "reward" && name != "frames" && name != "starts") values.get_to(rows[name]);
+    }
     pixels = ReadFile(base + ".bin").value();
+  }
+
+  // Spans into this object.
+  SimulatorStart StartAt(size_t row) const {
+    SimulatorStart start = {.qpos = rows.at("qpos")[row], .qvel = rows.at("qvel")[row]};
+    if (const auto target = rows.find("target"); target != rows.end()) start.target = target->second[row];
+    return start;
   }
 
   absl::string_view Picture(size_t index, int size) const {
@@ -61,6 +71,22 @@ double MeanDifference(absl::string_view a, absl::string_view b) {
   double sum = 0;
   for (size_t i = 0; i < a.size(); ++i) sum += std::abs(static_cast<uint8_t>(a[i]) - static_cast<uint8_t>(b[i]));
   return sum / static_cast<double>(a.size());
+}
+
+// Of the bytes: 1 for the same picture, also with another brightness and contrast.
+double Correlation(absl::string_view a, absl::string_view b) {
+  EXPECT_EQ(a.size(), b.size());
+  double sum_a = 0, sum_b = 0, aa = 0, bb = 0, ab = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const double x = static_cast<uint8_t>(a[i]), y = static_cast<uint8_t>(b[i]);
+    sum_a += x;
+    sum_b += y;
+    aa += x * x;
+    bb += y * y;
+    ab += x * y;
+  }
+  const double n = static_cast<double>(a.size());
+  return (ab - sum_a * sum_b / n) / std::sqrt((aa - sum_a * sum_a / n) * (bb - sum_b * sum_b / n));
 }
 
 Array Matrix(const Rows& rows) {
@@ -80,6 +106,26 @@ void ExpectNear(const Array& actual, const Array& expected, double tolerance, co
     ASSERT_NEAR(actual.as<double>()[i], expected.as<double>()[i], tolerance) << what << " number " << i;
   }
 }
+
+template <typename T>
+std::vector<T> Part(const std::vector<T>& all, size_t begin, size_t end) {
+  return std::vector<T>(all.begin() + begin, all.begin() + end);
+}
+
+// Tasks that are played by a simulator: all but those that are made of another task.
+std::vector<std::string> SimulatorTasks() {
+  std::vector<std::string> tasks = KnownTasks();
+  tasks.erase(std::find(tasks.begin(), tasks.end(), "point_pixels_discrete"));
+  return tasks;
+}
+
+std::vector<std::string> MujocoTaskNames() {
+  std::vector<std::string> tasks = SimulatorTasks();
+  tasks.erase(std::find(tasks.begin(), tasks.end(), "point_pixels"));
+  return tasks;
+}
+
+std::string TaskName(const ::testing::TestParamInfo<std::string>& parameter) { return parameter.param; }
 
 std::unique_ptr<Environment> Make(const EnvironmentOptions& options) {
   auto environment = MakeEnvironment(options);
@@ -105,35 +151,59 @@ Trace Play(Environment& environment, uint64_t seed, int steps) {
   return trace;
 }
 
-class GoldenTest : public ::testing::TestWithParam<const char*> {};
+class GoldenTest : public ::testing::TestWithParam<std::string> {};
+
+// Compares the `index`-th rollout; the first one's pictures too.
+void ExpectRolloutMatches(const std::string& task, const Golden& golden, size_t index) {
+  const size_t begin = golden.starts[index];
+  const size_t end = index + 1 < golden.starts.size() ? golden.starts[index + 1] : golden.reward.size();
+  const size_t first_row = begin + index, end_row = end + index + 1;
+  const auto first = [&](const char* name) { return Vector(golden.rows.at(name)[first_row]); };
+  RolloutInput input = {.action = Matrix(Part(golden.action, begin, end)), .qpos = first("qpos"), .qvel = first("qvel")};
+  if (golden.rows.count("target") > 0) input.target = first("target");
+  ASSERT_OK_AND_ASSIGN(ArrayMap out, Rollout(task, input, index == 0 ? Quality::kReference : Quality::kFast));
+  ExpectNear(out.at("reward"), Vector(Part(golden.reward, begin, end)), 1e-6, "reward");
+  EXPECT_EQ(out.size(), golden.rows.size() + 2) << "reward, image and what dm_control gives";
+  for (const auto& [name, rows] : golden.rows) {
+    ASSERT_EQ(out.count(name), 1u) << name;
+    ExpectNear(out.at(name), Matrix(Part(rows, first_row, end_row)), 1e-6, name);
+  }
+  const Array& image = out.at("image");
+  ASSERT_EQ(image.shape, (std::vector<int64_t>{static_cast<int64_t>(end_row - first_row), 64, 64, 3}));
+  if (index > 0) return;
+  for (size_t i = 0; i < golden.frames.size() && golden.frames[i] < end_row; ++i) {
+    const size_t row = golden.frames[i], bytes = 64 * 64 * 3;
+    const auto picture = absl::string_view(image.bytes).substr(row * bytes, bytes);
+    EXPECT_LE(MeanDifference(picture, golden.Picture(i, 64)), 0.5) << "row " << row;
+  }
+}
 
 TEST_P(GoldenTest, RolloutMatchesDmControl) {
   const Golden golden(GetParam());
   ASSERT_GE(golden.reward.size(), 50u);
-  const RolloutInput input = {.action = Matrix(golden.action), .qpos = Vector(golden.qpos[0]), .qvel = Vector(golden.qvel[0])};
-  ASSERT_OK_AND_ASSIGN(ArrayMap out, Rollout(GetParam(), input, Quality::kReference));
-  ExpectNear(out.at("reward"), Vector(golden.reward), 1e-6, "reward");
-  ExpectNear(out.at("qpos"), Matrix(golden.qpos), 1e-9, "qpos");
-  ExpectNear(out.at("qvel"), Matrix(golden.qvel), 1e-9, "qvel");
-  ExpectNear(out.at("position"), Matrix(golden.position), 1e-9, "position");
-  ExpectNear(out.at("velocity"), Matrix(golden.velocity), 1e-9, "velocity");
-  const Array& image = out.at("image");
-  ASSERT_EQ(image.shape, (std::vector<int64_t>{static_cast<int64_t>(golden.qpos.size()), 64, 64, 3}));
-  for (size_t i = 0; i < golden.frames.size(); ++i) {
-    const size_t bytes = 64 * 64 * 3;
-    EXPECT_LE(MeanDifference(absl::string_view(image.bytes).substr(golden.frames[i] * bytes, bytes), golden.Picture(i, 64)), 0.5)
-        << "row " << golden.frames[i];
+  for (size_t i = 0; i < golden.starts.size(); ++i) {
+    SCOPED_TRACE("rollout " + std::to_string(i));
+    ExpectRolloutMatches(GetParam(), golden, i);
   }
 }
 
-TEST_P(GoldenTest, SmallPicturesMatchDmControl) {
+// Otherwise the other tests could pass with a reward that is always 0.
+TEST_P(GoldenTest, RewardsVary) {
   const Golden golden(GetParam());
-  ASSERT_OK_AND_ASSIGN(auto simulator, MakeSimulator(GetParam(), 32, Quality::kReference));
-  for (size_t i = 0; i < golden.frames.size(); ++i) {
-    ASSERT_OK(simulator->ResetTo(golden.qpos[golden.frames[i]], golden.qvel[golden.frames[i]]));
-    ASSERT_OK_AND_ASSIGN(Array image, simulator->Image());
-    ASSERT_EQ(image.shape, (std::vector<int64_t>{32, 32, 3}));
-    EXPECT_LE(MeanDifference(image.bytes, golden.Picture(i, 32)), 0.5) << "row " << golden.frames[i];
+  const auto [least, most] = std::minmax_element(golden.reward.begin(), golden.reward.end());
+  EXPECT_GT(*most, *least + 1e-3);
+}
+
+TEST_P(GoldenTest, PicturesMatchDmControl) {
+  const Golden golden(GetParam());
+  for (int size : {32, 64}) {
+    ASSERT_OK_AND_ASSIGN(auto simulator, MakeSimulator(GetParam(), size, Quality::kReference));
+    for (size_t i = 0; i < golden.frames.size(); ++i) {
+      ASSERT_OK(simulator->ResetTo(golden.StartAt(golden.frames[i])));
+      ASSERT_OK_AND_ASSIGN(Array image, simulator->Image());
+      ASSERT_EQ(image.shape, (std::vector<int64_t>{size, size, 3}));
+      EXPECT_LE(MeanDifference(image.bytes, golden.Picture(i, size)), 0.5) << size << " row " << golden.frames[i];
+    }
   }
 }
 
@@ -142,27 +212,26 @@ TEST_P(GoldenTest, FastPicturesShowTheSameScene) {
   for (int size : {32, 64}) {
     ASSERT_OK_AND_ASSIGN(auto simulator, MakeSimulator(GetParam(), size, Quality::kFast));
     for (size_t i = 0; i < golden.frames.size(); ++i) {
-      ASSERT_OK(simulator->ResetTo(golden.qpos[golden.frames[i]], golden.qvel[golden.frames[i]]));
+      ASSERT_OK(simulator->ResetTo(golden.StartAt(golden.frames[i])));
       ASSERT_OK_AND_ASSIGN(Array image, simulator->Image());
-      // Shadows and reflections are what may differ, so that no other picture of the episode is nearer.
+      // Shadows and reflections are what may differ: they make the ground brighter or darker, and no other picture is nearer.
+      EXPECT_GE(Correlation(image.bytes, golden.Picture(i, size)), 0.85) << size << " row " << golden.frames[i];
       std::vector<double> differences;
       for (size_t j = 0; j < golden.frames.size(); ++j) {
         differences.push_back(MeanDifference(image.bytes, golden.Picture(j, size)));
       }
-      EXPECT_LE(differences[i], 4) << size << " row " << golden.frames[i];
       EXPECT_EQ(differences[i], *std::min_element(differences.begin(), differences.end())) << size << " frame " << i;
     }
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Tasks, GoldenTest, ::testing::Values("cartpole_balance", "cartpole_swingup"),
-                         [](const auto& parameter) { return std::string(parameter.param); });
+INSTANTIATE_TEST_SUITE_P(Tasks, GoldenTest, ::testing::ValuesIn(MujocoTaskNames()), TaskName);
 
 // The pole is thinner than a pixel: without anti-aliasing it is lost where it falls between two pixels' centres.
 TEST(RendererTest, FastSmallPictureShowsThePoleWhereverItIs) {
   ASSERT_OK_AND_ASSIGN(auto simulator, MakeSimulator("cartpole_balance", 32, Quality::kFast));
   for (int i = 0; i < 32; ++i) {
-    ASSERT_OK(simulator->ResetTo(std::vector<double>{0.1 * i / 32, 0}, std::nullopt));
+    ASSERT_OK(simulator->ResetTo({.qpos = std::vector<double>{0.1 * i / 32, 0}}));
     ASSERT_OK_AND_ASSIGN(Array image, simulator->Image());
     const auto pixels = image.as<uint8_t>();
     for (int row = 8; row < 14; ++row) {  // between the pole's tip and the cart
@@ -203,9 +272,183 @@ TEST(MujocoSimulatorTest, StartsAreDrawnAsInDmControl) {
   }
 }
 
+// The string is thinner still. It is grey; behind it everything is bluish.
+TEST(RendererTest, FastSmallPictureShowsTheStringWhereverItIs) {
+  ASSERT_OK_AND_ASSIGN(auto simulator, MakeSimulator("ball_in_cup_catch", 32, Quality::kFast));
+  for (int i = 0; i < 32; ++i) {
+    const double x = 0.1 * i / 32;
+    ASSERT_OK(simulator->ResetTo({.qpos = std::vector<double>{x, 0, x + 0.02, 0}}));
+    ASSERT_OK_AND_ASSIGN(Array image, simulator->Image());
+    const auto pixels = image.as<uint8_t>();
+    for (int row = 12; row < 16; ++row) {  // between cup and ball
+      std::vector<int> grey;
+      for (int column = 0; column < 32; ++column) {
+        grey.push_back(pixels[(row * 32 + column) * 3] - pixels[(row * 32 + column) * 3 + 2]);
+      }
+      std::sort(grey.begin(), grey.end());
+      int more = 0;  // than the background's, in the one or two pixels that the string crosses
+      for (const int value : grey) more += std::max(0, value - grey[16]);
+      EXPECT_GE(more, 5) << "cup position " << x << ", row " << row;
+    }
+  }
+}
+
+constexpr double kDegree = M_PI / 180;
+using Ranges = std::vector<std::pair<double, double>>;
+
+// Lowest and highest of each position over many starts; all must be at rest.
+Ranges PositionsOfStarts(const std::string& task) {
+  Ranges found;
+  auto simulator = MakeSimulator(task, 32, Quality::kFast).value();
+  for (int seed = 0; seed < 300; ++seed) {
+    EXPECT_OK(simulator->Reset(seed));
+    const ArrayMap state = simulator->State();
+    for (const double velocity : state.at("qvel").as<double>()) EXPECT_EQ(velocity, 0) << task << " seed " << seed;
+    const auto qpos = state.at("qpos").as<double>();
+    found.resize(qpos.size(), {INFINITY, -INFINITY});
+    for (size_t i = 0; i < qpos.size(); ++i) {
+      found[i] = {std::min(found[i].first, qpos[i]), std::max(found[i].second, qpos[i])};
+    }
+  }
+  return found;
+}
+
+TEST(MujocoSimulatorTest, JointsStartAnywhereInTheirRanges) {
+  const std::pair<double, double> zero = {0, 0}, turn = {-M_PI, M_PI}, finger = {-110 * kDegree, 110 * kDegree},
+                                  hip = {-20 * kDegree, 100 * kDegree}, knee = {-150 * kDegree, 0},
+                                  ankle = {-45 * kDegree, 45 * kDegree};
+  const std::pair<std::string, Ranges> cases[] = {
+      {"ball_in_cup_catch", {zero, zero, {-0.2, 0.2}, {0.2, 0.5}}},
+      {"finger_spin", {finger, finger, turn}},
+      {"hopper_stand",
+       {zero, zero, turn, {-30 * kDegree, 30 * kDegree}, {-170 * kDegree, 10 * kDegree}, {5 * kDegree, 150 * kDegree}, ankle}},
+      {"pendulum_swingup", {turn}},
+      {"reacher_easy", {turn, {-160 * kDegree, 160 * kDegree}}},
+      {"walker_walk", {zero, zero, turn, hip, knee, ankle, hip, knee, ankle}}};
+  for (const auto& [task, expected] : cases) {
+    const Ranges found = PositionsOfStarts(task);
+    ASSERT_EQ(found.size(), expected.size()) << task;
+    for (size_t i = 0; i < found.size(); ++i) {
+      const auto [low, high] = expected[i];
+      const double tenth = (high - low) / 10;
+      EXPECT_GE(found[i].first, low) << task << " " << i;
+      EXPECT_LE(found[i].first, low + tenth) << task << " " << i;
+      EXPECT_GE(found[i].second, high - tenth) << task << " " << i;
+      EXPECT_LE(found[i].second, high) << task << " " << i;
+    }
+  }
+}
+
+TEST(MujocoSimulatorTest, TheReachersTargetIsDrawnFromARing) {
+  ASSERT_OK_AND_ASSIGN(auto simulator, MakeSimulator("reacher_easy", 32, Quality::kFast));
+  double nearest = INFINITY, farthest = 0;
+  std::set<std::pair<bool, bool>> quadrants;
+  for (int seed = 0; seed < 300; ++seed) {
+    ASSERT_OK(simulator->Reset(seed));
+    const ArrayMap state = simulator->State();
+    const auto target = state.at("target").as<double>();
+    const double radius = std::hypot(target[0], target[1]);
+    nearest = std::min(nearest, radius);
+    farthest = std::max(farthest, radius);
+    quadrants.insert({target[0] > 0, target[1] > 0});
+  }
+  EXPECT_GE(nearest, 0.05);
+  EXPECT_LE(nearest, 0.06);
+  EXPECT_GE(farthest, 0.19);
+  EXPECT_LE(farthest, 0.2);
+  EXPECT_EQ(quadrants.size(), 4u);
+}
+
+double DistanceToSegment(double x, double z, double x0, double z0, double x1, double z1) {
+  const double dx = x1 - x0, dz = z1 - z0;
+  const double along = std::clamp(((x - x0) * dx + (z - z0) * dz) / (dx * dx + dz * dz), 0.0, 1.0);
+  return std::hypot(x - x0 - along * dx, z - z0 - along * dz);
+}
+
+TEST(MujocoSimulatorTest, TheBallDoesNotStartInTheCupsWalls) {
+  // The walls' middle lines; the cup's origin is 0.4 above the ball's.
+  const double corners[][2] = {{-0.05, 0}, {-0.05, -0.075}, {-0.025, -0.1}, {0.025, -0.1}, {0.05, -0.075}, {0.05, 0}};
+  ASSERT_OK_AND_ASSIGN(auto simulator, MakeSimulator("ball_in_cup_catch", 32, Quality::kFast));
+  for (int seed = 0; seed < 300; ++seed) {
+    ASSERT_OK(simulator->Reset(seed));
+    const ArrayMap state = simulator->State();
+    const auto qpos = state.at("qpos").as<double>();
+    for (int i = 0; i < 5; ++i) {
+      const double distance =
+          DistanceToSegment(qpos[2], qpos[3] - 0.4, corners[i][0], corners[i][1], corners[i + 1][0], corners[i + 1][1]);
+      EXPECT_GE(distance, 0.025 + 0.008) << "seed " << seed << " wall " << i;
+    }
+  }
+}
+
+// Nothing pulls at a finger at rest: what moves was pushed by a contact.
+TEST(MujocoSimulatorTest, TheFingerDoesNotStartInTheSpinner) {
+  ASSERT_OK_AND_ASSIGN(auto simulator, MakeSimulator("finger_spin", 32, Quality::kFast));
+  for (int seed = 0; seed < 300; ++seed) {
+    ASSERT_OK(simulator->Reset(seed));
+    ASSERT_OK(simulator->Step({0.0, 0.0}));
+    const ArrayMap state = simulator->State();
+    for (const double velocity : state.at("qvel").as<double>()) EXPECT_NEAR(velocity, 0, 1e-9) << "seed " << seed;
+    EXPECT_THAT(state.at("touch").as<double>(), ElementsAre(0, 0)) << "seed " << seed;
+  }
+}
+
+// It was dropped and came to rest on the ground, in a posture of its own.
+TEST(MujocoSimulatorTest, TheCheetahStartsSettled) {
+  ASSERT_OK_AND_ASSIGN(auto simulator, MakeSimulator("cheetah_run", 32, Quality::kFast));
+  std::set<double> heights;
+  for (int seed = 0; seed < 20; ++seed) {
+    ASSERT_OK(simulator->Reset(seed));
+    const ArrayMap state = simulator->State();
+    for (const double velocity : state.at("qvel").as<double>()) EXPECT_NEAR(velocity, 0, 0.5) << "seed " << seed;
+    const double height = state.at("qpos").as<double>()[1];
+    EXPECT_LT(height, -0.01) << "seed " << seed;
+    EXPECT_GT(height, -0.6) << "seed " << seed;
+    heights.insert(height);
+  }
+  EXPECT_EQ(heights.size(), 20u);
+}
+
+class MujocoTaskTest : public ::testing::TestWithParam<std::string> {};
+
+TEST_P(MujocoTaskTest, HasTheSizesOfDmControl) {
+  struct Sizes {
+    size_t actions, qpos, qvel;
+  };
+  const std::map<std::string, Sizes> domains = {{"ball_in_cup", {2, 4, 4}}, {"cartpole", {1, 2, 2}}, {"cheetah", {6, 9, 9}},
+                                                {"finger", {2, 3, 3}},      {"hopper", {4, 7, 7}},   {"pendulum", {1, 1, 1}},
+                                                {"reacher", {2, 2, 2}},     {"walker", {6, 9, 9}}};
+  const Sizes expected = domains.at(GetParam().substr(0, GetParam().rfind('_')));
+  ASSERT_OK_AND_ASSIGN(auto simulator, MakeSimulator(GetParam(), 32, Quality::kFast));
+  EXPECT_EQ(simulator->action_range(), Ranges(expected.actions, {-1, 1}));
+  EXPECT_EQ(simulator->time_limit(), 1000);
+  ASSERT_OK(simulator->Reset(1));
+  const ArrayMap state = simulator->State();
+  EXPECT_EQ(state.at("qpos").as<double>().size(), expected.qpos);
+  EXPECT_EQ(state.at("qvel").as<double>().size(), expected.qvel);
+}
+
+TEST_P(MujocoTaskTest, EpisodesEndByTimeAlone) {
+  constexpr int kRepeat = 40;
+  auto environment = Make({.task = GetParam(), .action_repeat = kRepeat, .image_size = 32});
+  ASSERT_OK_AND_ASSIGN(TimeStep step, environment->Reset(2));
+  std::mt19937_64 random(2);
+  std::vector<float> action(environment->spec().action.size);
+  for (int decision = 1; decision <= 1000 / kRepeat; ++decision) {
+    for (float& number : action) number = static_cast<float>(random() % 2001) / 1000 - 1;
+    ASSERT_OK_AND_ASSIGN(step, environment->Step(action));
+    EXPECT_FALSE(step.is_terminal);
+    EXPECT_EQ(step.is_last, decision == 1000 / kRepeat);
+    EXPECT_GE(step.reward, 0);
+    EXPECT_LE(step.reward, kRepeat);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Tasks, MujocoTaskTest, ::testing::ValuesIn(MujocoTaskNames()), TaskName);
+
 TEST(MujocoSimulatorTest, ReportsAStateThatCannotBeSimulatedAndRecovers) {
   ASSERT_OK_AND_ASSIGN(auto simulator, MakeSimulator("cartpole_balance", 32, Quality::kFast));
-  ASSERT_OK(simulator->ResetTo(std::vector<double>{0, 0}, std::vector<double>{1e9, 1e9}));
+  ASSERT_OK(simulator->ResetTo({.qpos = std::vector<double>{0, 0}, .qvel = std::vector<double>{1e9, 1e9}}));
   absl::Status status;
   for (int i = 0; i < 100 && status.ok(); ++i) status = simulator->Step({0.0}).status();
   EXPECT_THAT(status, StatusIs(absl::StatusCode::kOutOfRange, HasSubstr("cartpole_balance")));
@@ -213,27 +456,60 @@ TEST(MujocoSimulatorTest, ReportsAStateThatCannotBeSimulatedAndRecovers) {
   EXPECT_OK(simulator->Step({0.0}));
 }
 
-TEST(RewardsTest, ToleranceIsDmControls) {
+TEST(RewardsTest, WithoutAMarginOnlyTheBoundsCount) {
+  for (const double inside : {0.5, 0.75, 1.0}) EXPECT_EQ(Tolerance(inside, 0.5, 1, 0), 1) << inside;
+  for (const double outside : {-1.0, 0.4999, 1.0001, 7.0}) EXPECT_EQ(Tolerance(outside, 0.5, 1, 0), 0) << outside;
+}
+
+TEST(RewardsTest, GaussianFallsWithTheSquareInTheExponent) {
   EXPECT_EQ(Tolerance(0.5, 0, 1, 2), 1);
   EXPECT_NEAR(Tolerance(3, 0, 1, 2), 0.1, 1e-12);
-  EXPECT_NEAR(Tolerance(-1, 0, 1, 2), std::exp(0.25 * std::log(0.1)), 1e-12);
+  EXPECT_NEAR(Tolerance(-1, 0, 1, 2), 0.5623413251903491, 1e-12);                           // 0.1^(1/4)
+  EXPECT_NEAR(Tolerance(2.5, 0, 1, 3, Sigmoid::kGaussian, 0.5), 0.8408964152537145, 1e-12);  // 0.5^(1/4)
+  EXPECT_NEAR(Tolerance(-6, 0, 1, 3, Sigmoid::kGaussian, 0.5), 0.0625, 1e-12);               // 0.5^4
+}
+
+TEST(RewardsTest, LinearFallsToZero) {
+  EXPECT_EQ(Tolerance(12, 10, INFINITY, 10, Sigmoid::kLinear, 0), 1);
+  EXPECT_NEAR(Tolerance(2.5, 10, INFINITY, 10, Sigmoid::kLinear, 0), 0.25, 1e-12);
+  EXPECT_EQ(Tolerance(0, 10, INFINITY, 10, Sigmoid::kLinear, 0), 0);
+  EXPECT_EQ(Tolerance(-5, 10, INFINITY, 10, Sigmoid::kLinear, 0), 0);
+  EXPECT_NEAR(Tolerance(0.75, 1, INFINITY, 0.5, Sigmoid::kLinear, 0.5), 0.75, 1e-12);
+  EXPECT_NEAR(Tolerance(0.5, 1, INFINITY, 0.5, Sigmoid::kLinear, 0.5), 0.5, 1e-12);
+  EXPECT_NEAR(Tolerance(0.05, 1, INFINITY, 0.5, Sigmoid::kLinear, 0.5), 0.05, 1e-12);
+  EXPECT_EQ(Tolerance(-0.25, 1, INFINITY, 0.5, Sigmoid::kLinear, 0.5), 0);
+}
+
+TEST(RewardsTest, QuadraticFallsToZero) {
   EXPECT_NEAR(Tolerance(0.6, 0, 0, 1, Sigmoid::kQuadratic, 0), 0.64, 1e-12);
   EXPECT_EQ(Tolerance(-1.5, 0, 0, 1, Sigmoid::kQuadratic, 0), 0);
+  EXPECT_NEAR(Tolerance(2, 0, 1, 1, Sigmoid::kQuadratic, 0.5), 0.5, 1e-12);
+  EXPECT_NEAR(Tolerance(-0.5, 0, 1, 1, Sigmoid::kQuadratic, 0.5), 0.875, 1e-12);
+  EXPECT_EQ(Tolerance(2.5, 0, 1, 1, Sigmoid::kQuadratic, 0.5), 0);
 }
 
 class TaskTest : public ::testing::TestWithParam<std::string> {};
 
 TEST_P(TaskTest, SameSeedSameEpisode) {
-  for (int size : {32, 64}) {
-    const EnvironmentOptions options = {.task = GetParam(), .action_repeat = 2, .image_size = size};
-    auto first = Make(options), second = Make(options);
-    ASSERT_EQ(first->spec().observations, (std::vector<TensorSpec>{{"image", DType::kUInt8, {size, size, 3}}}));
-    EXPECT_FALSE(first->spec().action.discrete);
-    const Trace trace = Play(*first, 5, 6);
-    EXPECT_EQ(trace.images[0].shape, (std::vector<int64_t>{size, size, 3}));
-    EXPECT_EQ(trace, Play(*second, 5, 6));
-    EXPECT_EQ(trace, Play(*first, 5, 6)) << "after an episode";
-    EXPECT_NE(trace.rewards, Play(*first, 6, 6).rewards);
+  const EnvironmentOptions options = {.task = GetParam(), .action_repeat = 2, .image_size = 32};
+  auto first = Make(options), second = Make(options);
+  ASSERT_EQ(first->spec().observations, (std::vector<TensorSpec>{{"image", DType::kUInt8, {32, 32, 3}}}));
+  EXPECT_FALSE(first->spec().action.discrete);
+  const Trace trace = Play(*first, 5, 6);
+  EXPECT_EQ(trace, Play(*second, 5, 6));
+  EXPECT_EQ(trace, Play(*first, 5, 6)) << "after an episode";
+  EXPECT_NE(trace, Play(*first, 6, 6));
+}
+
+TEST_P(TaskTest, DrawsPicturesOfManySizes) {
+  for (const int size : {33, 64, 84, 128}) {
+    auto environment = Make({.task = GetParam(), .image_size = size});
+    EXPECT_EQ(environment->spec().observations[0].shape, (std::vector<int64_t>{size, size, 3}));
+    ASSERT_OK_AND_ASSIGN(TimeStep start, environment->Reset(1));
+    const Array& image = start.observation.at("image");
+    ASSERT_OK(CheckArray(image, "image"));
+    EXPECT_EQ(image.shape, environment->spec().observations[0].shape);
+    EXPECT_GT(std::set<char>(image.bytes.begin(), image.bytes.end()).size(), 10u) << size;
   }
 }
 
@@ -304,6 +580,7 @@ std::vector<float> PushThenRandom(int action_size, bool push, std::mt19937_64& r
 TEST_P(TaskTest, LookingAheadGivesTheRewardsOfPlaying) {
   constexpr int kTimeLimit = 107, kPushed = 80;
   for (const int repeat : {1, 8}) {
+    const int every = repeat == 1 ? 9 : 1;  // decisions between two looks
     const EnvironmentOptions options = {
         .task = GetParam(), .action_repeat = repeat, .image_size = 32, .time_limit = kTimeLimit};
     auto environment = Make(options);
@@ -318,21 +595,23 @@ TEST_P(TaskTest, LookingAheadGivesTheRewardsOfPlaying) {
     std::vector<std::vector<double>> predicted(decisions);
     std::vector<double> played;
     for (int t = 0; t < decisions; ++t) {
-      // Another future first: nothing of it may stay.
-      ASSERT_OK(lookahead->Restart());
-      for (int i = 0; i < 3; ++i) ASSERT_OK(lookahead->Step(PushThenRandom(environment->spec().action.size, false, random)));
-      ASSERT_OK(lookahead->Restart());
-      for (int i = t; i < decisions; ++i) {
-        ASSERT_OK_AND_ASSIGN(const double reward, lookahead->Step(actions[i]));
-        predicted[t].push_back(reward);
+      if (t % every == 0) {
+        // Another future first: nothing of it may stay.
+        ASSERT_OK(lookahead->Restart());
+        for (int i = 0; i < 3; ++i) ASSERT_OK(lookahead->Step(PushThenRandom(environment->spec().action.size, false, random)));
+        ASSERT_OK(lookahead->Restart());
+        for (int i = t; i < decisions; ++i) {
+          ASSERT_OK_AND_ASSIGN(const double reward, lookahead->Step(actions[i]));
+          predicted[t].push_back(reward);
+        }
+        ASSERT_OK_AND_ASSIGN(const double after_the_end, lookahead->Step(actions[0]));
+        EXPECT_EQ(after_the_end, 0);
       }
-      ASSERT_OK_AND_ASSIGN(const double after_the_end, lookahead->Step(actions[0]));
-      EXPECT_EQ(after_the_end, 0);
       ASSERT_OK_AND_ASSIGN(TimeStep step, environment->Step(actions[t]));
       EXPECT_EQ(step.is_last, t == decisions - 1);
       played.push_back(step.reward);
     }
-    for (int t = 0; t < decisions; ++t) {
+    for (int t = 0; t < decisions; t += every) {
       EXPECT_EQ(predicted[t], std::vector<double>(played.begin() + t, played.end())) << "repeat " << repeat << " from " << t;
     }
   }
@@ -371,8 +650,7 @@ TEST_P(TaskTest, LookingAheadNeedsARunningEpisodeAndGoodActions) {
   EXPECT_OK(lookahead->Step(std::vector<float>(size)));
 }
 
-INSTANTIATE_TEST_SUITE_P(Tasks, TaskTest, ::testing::ValuesIn(KnownTasks()),
-                         [](const auto& parameter) { return parameter.param; });
+INSTANTIATE_TEST_SUITE_P(Tasks, TaskTest, ::testing::ValuesIn(SimulatorTasks()), TaskName);
 
 // The action in its own units is the reward; one pixel of the picture counts the steps.
 class FakeSimulator : public Simulator {
@@ -383,9 +661,7 @@ class FakeSimulator : public Simulator {
     steps_ = 0;
     return absl::OkStatus();
   }
-  absl::Status ResetTo(std::optional<absl::Span<const double>>, std::optional<absl::Span<const double>>) override {
-    return Reset(0);
-  }
+  absl::Status ResetTo(const SimulatorStart&) override { return Reset(0); }
   absl::StatusOr<double> Step(absl::Span<const double> action) override {
     if (action[0] == 0) return absl::OutOfRangeError("the simulation became invalid");
     ++steps_;
@@ -471,14 +747,50 @@ TEST(TimeLimitTest, EndsTheEpisode) {
   }
 }
 
+TEST(ActionSizeTest, FurtherNumbersAreIgnored) {
+  auto own = Make({.task = "reacher_easy", .image_size = 32});
+  auto padded = Make({.task = "reacher_easy", .image_size = 32, .action_size = 4});
+  EXPECT_EQ(own->spec().action, (ActionSpec{2, false}));
+  EXPECT_EQ(padded->spec().action, (ActionSpec{4, false}));
+  ASSERT_OK(own->Reset(3));
+  ASSERT_OK(padded->Reset(3));
+  ASSERT_OK_AND_ASSIGN(auto lookahead, padded->MakeLookahead());
+  ASSERT_OK(lookahead->Restart());
+  for (const float x : {0.5f, -1.0f, 0.25f}) {
+    ASSERT_OK_AND_ASSIGN(const TimeStep expected, own->Step({x, -x}));
+    ASSERT_OK_AND_ASSIGN(const TimeStep step, padded->Step({x, -x, 1.0f, -0.5f}));
+    EXPECT_EQ(step.observation, expected.observation);
+    EXPECT_EQ(step.reward, expected.reward);
+    EXPECT_THAT(lookahead->Step({x, -x, 0.1f, 7.0f}), IsOkAndHolds(expected.reward));
+  }
+  EXPECT_THAT(padded->Step({0.0f, 0.0f}), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("expected 4")));
+  EXPECT_THAT(padded->Step({0.0f, 0.0f, 0.0f, NAN}),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("action[3] is nan")));
+  EXPECT_THAT(lookahead->Step({0.0f, 0.0f}), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("expected 4")));
+}
+
+TEST(ActionSizeTest, TheTasksOwnNumbersAreNeeded) {
+  EXPECT_THAT(MakeEnvironment({.task = "walker_walk", .action_size = 5}),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("action_size is 5, expected 0 or at least 6")));
+  EXPECT_THAT(MakeEnvironment({.task = "point_pixels", .action_size = -1}),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("action_size is -1, expected 0 or at least 2")));
+  EXPECT_EQ(Make({.task = "walker_walk", .action_size = 6})->spec().action.size, 6);
+  EXPECT_EQ(Make({.task = "point_pixels_discrete", .action_size = 6})->spec().action, (ActionSpec{5, true}));
+}
+
 TEST(MakeEnvironmentTest, RefusesBadOptions) {
-  EXPECT_THAT(KnownTasks(), UnorderedElementsAre("cartpole_balance", "cartpole_swingup", "point_pixels"));
+  EXPECT_THAT(KnownTasks(),
+              UnorderedElementsAre("ball_in_cup_catch", "cartpole_balance", "cartpole_swingup", "cheetah_run", "finger_spin",
+                                   "hopper_hop", "hopper_stand", "pendulum_swingup", "reacher_easy", "walker_run",
+                                   "walker_stand", "walker_walk", "point_pixels", "point_pixels_discrete"));
   EXPECT_THAT(MakeEnvironment({.task = "cartpole"}),
               StatusIs(absl::StatusCode::kNotFound, AllOf(HasSubstr("\"cartpole\""), HasSubstr("cartpole_balance"),
                                                           HasSubstr("cartpole_swingup"), HasSubstr("point_pixels"))));
   for (const std::string& task : KnownTasks()) {
-    EXPECT_THAT(MakeEnvironment({.task = task, .image_size = 48}),
-                StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("image_size is 48")));
+    EXPECT_THAT(MakeEnvironment({.task = task, .image_size = 31}),
+                StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("image_size is 31, expected 32 to 128")));
+    EXPECT_THAT(MakeEnvironment({.task = task, .image_size = 129}),
+                StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("image_size is 129, expected 32 to 128")));
     EXPECT_THAT(MakeEnvironment({.task = task, .action_repeat = 0}),
                 StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("action_repeat is 0")));
     EXPECT_THAT(MakeEnvironment({.task = task, .time_limit = -1}),
@@ -506,6 +818,14 @@ TEST(MakeEnvironmentTest, NamesAMissingOrDamagedTaskFile) {
               StatusIs(absl::StatusCode::kNotFound, AllOf(names_it, HasSubstr("common/skybox.xml"))));
   ASSERT_OK(WriteFileAtomically(folder / "cartpole.xml", "<mujoco><worldbody>"));
   EXPECT_THAT(MakeEnvironment(options), StatusIs(absl::StatusCode::kFailedPrecondition, names_it));
+  // Another task's file, or one of another version.
+  const std::pair<std::string, std::string> lacking[] = {
+      {"hopper", "hop"}, {"reacher", "easy"}, {"finger", "spin"}, {"cartpole", "swingup"}};
+  for (const auto& [domain, task] : lacking) {
+    ASSERT_OK(WriteFileAtomically(folder / (domain + ".xml"), "<mujoco/>"));
+    EXPECT_THAT(MakeEnvironment({.task = domain + "_" + task}),
+                StatusIs(absl::StatusCode::kFailedPrecondition, AllOf(HasSubstr(domain + ".xml"), HasSubstr("has no"))));
+  }
   EXPECT_OK(MakeEnvironment({.task = "point_pixels"}));
 }
 
@@ -525,6 +845,7 @@ TEST(RolloutTest, RefusesArraysThatDoNotFit) {
   refused("action", [](RolloutInput& in) { in.action.bytes.pop_back(); });
   refused("qpos has 3 numbers, expected 2", [](RolloutInput& in) { in.qpos = Vector({0, 0, 0}); });
   refused("qvel[0] is inf", [](RolloutInput& in) { in.qvel = Vector({INFINITY, 0}); });
+  refused("target is given, but cartpole_balance has none", [](RolloutInput& in) { in.target = Vector({0, 0}); });
   EXPECT_THAT(Rollout("nothing", good, Quality::kFast), StatusIs(absl::StatusCode::kNotFound));
 }
 
@@ -538,6 +859,45 @@ TEST(RolloutTest, StartsWhereItIsTold) {
   ASSERT_OK_AND_ASSIGN(ArrayMap given, Rollout("cartpole_swingup", input, Quality::kFast));
   EXPECT_THAT(given.at("qpos").as<double>(), ElementsAre(0.5, 0.25));
   EXPECT_THAT(given.at("qvel").as<double>(), ElementsAre(0, 0));
+}
+
+TEST(RolloutTest, PlacesTheTarget) {
+  // The stretched arm reaches (0.24, 0); finger and target touch up to a distance of 0.01 + 0.05.
+  const auto reward = [](const std::vector<double>& target) {
+    const RolloutInput input = {.action = Matrix({{0, 0}}), .qpos = Vector({0, 0}), .target = Vector(target)};
+    const ArrayMap out = Rollout("reacher_easy", input, Quality::kFast).value();
+    EXPECT_THAT(out.at("target").as<double>(), ElementsAre(target[0], target[1], target[0], target[1]));
+    EXPECT_NEAR(out.at("to_target").as<double>()[0], target[0] - 0.24, 1e-12);
+    EXPECT_NEAR(out.at("to_target").as<double>()[1], target[1], 1e-12);
+    return out.at("reward").as<double>()[0];
+  };
+  EXPECT_EQ(reward({0.24, 0.059}), 1);
+  EXPECT_EQ(reward({0.24, 0.061}), 0);
+  EXPECT_EQ(reward({0.181, 0}), 1);
+  EXPECT_EQ(reward({0.179, 0}), 0);
+  EXPECT_THAT(Rollout("reacher_easy", {.action = Matrix({{0, 0}}), .target = Vector({0, 0, 0})}, Quality::kFast),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("target has 3 numbers, expected 2")));
+}
+
+TEST(RolloutTest, ADrawnStartCanBeGiven) {
+  RolloutInput input = {.action = Matrix({{1, -1}, {0.5, 0.25}, {-1, 0}}), .seed = 7};
+  ASSERT_OK_AND_ASSIGN(const ArrayMap drawn, Rollout("reacher_easy", input, Quality::kFast));
+  const auto first = [&](const char* name) {
+    const auto numbers = drawn.at(name).as<double>();
+    return Vector({numbers[0], numbers[1]});
+  };
+  input.qpos = first("qpos");
+  input.qvel = first("qvel");
+  input.target = first("target");
+  input.seed = 8;
+  ASSERT_OK_AND_ASSIGN(const ArrayMap given, Rollout("reacher_easy", input, Quality::kFast));
+  EXPECT_EQ(given, drawn);
+  // Without its place the target is where the file has it, not where an earlier episode left it.
+  ASSERT_OK_AND_ASSIGN(auto simulator, MakeSimulator("reacher_easy", 32, Quality::kFast));
+  ASSERT_OK(simulator->Reset(7));
+  EXPECT_NE(simulator->State().at("target").as<double>()[0], 0);
+  ASSERT_OK(simulator->ResetTo({.qpos = std::vector<double>{0, 0}}));
+  EXPECT_THAT(simulator->State().at("target").as<double>(), ElementsAre(0, 0));
 }
 
 TEST(PointPixelsTest, RolloutFollowsThePoint) {

@@ -1,5 +1,6 @@
 #include "libs/envs/mujoco_task.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <filesystem>
@@ -11,12 +12,14 @@
 #include "absl/strings/str_cat.h"
 #include "libs/base/log.h"
 #include "libs/base/status.h"
+#include "libs/envs/mujoco_model.h"
 #include "libs/envs/renderer.h"
 
 namespace orrery {
 namespace {
 
-constexpr int kCamera = 0;  // as in PlaNet
+constexpr int kCamera = 0;      // as in PlaNet
+constexpr int kTargetSize = 2;  // x, y
 
 using ModelPtr = std::unique_ptr<mjModel, decltype(&mj_deleteModel)>;
 using DataPtr = std::unique_ptr<mjData, decltype(&mj_deleteData)>;
@@ -49,15 +52,12 @@ absl::StatusOr<ModelPtr> LoadModel(const std::string& xml) {
   return model;
 }
 
-// Runs `f`, which computes on `data`; OUT_OF_RANGE if MuJoCo warned of a state it cannot simulate (it then resets the state
-// by itself).
+// Runs `f`, which computes on `data` and returns a status; OUT_OF_RANGE if MuJoCo warned of a state it cannot simulate (it
+// then resets the state by itself).
 template <typename F>
 absl::Status Simulate(const MujocoTask& task, mjData& data, F&& f) {
   for (mjWarningStat& warning : data.warning) warning.number = 0;
-  RETURN_IF_ERROR(CatchExceptions(task.name, [&] {
-    f();
-    return absl::OkStatus();
-  }));
+  RETURN_IF_ERROR(Annotate(CatchExceptions("MuJoCo", f), task.name));
   for (int i = 0; i < mjNWARNING; ++i) {
     if (data.warning[i].number > 0) {
       return absl::OutOfRangeError(absl::StrCat(task.name, " cannot be simulated further: ",
@@ -72,14 +72,8 @@ absl::StatusOr<double> StepTask(const MujocoTask& task, int substeps, const mjMo
                                 absl::Span<const double> action) {
   mju_copy(data.ctrl, action.data(), model.nu);
   RETURN_IF_ERROR(Simulate(task, data, [&] {
-    // dm_control's order ("legacy step"): afterwards everything that depends on position and velocity is up to date.
-    if (model.opt.integrator == mjINT_RK4) {
-      for (int i = 0; i < substeps; ++i) mj_step(&model, &data);
-    } else {
-      mj_step2(&model, &data);
-      for (int i = 1; i < substeps; ++i) mj_step(&model, &data);
-    }
-    mj_step1(&model, &data);
+    StepModel(model, data, substeps);
+    return absl::OkStatus();
   }));
   return task.reward(model, data);
 }
@@ -124,7 +118,14 @@ class MujocoSimulator : public Simulator {
         quality_(quality),
         substeps_(task.control_timestep > 0 ? static_cast<int>(std::lround(task.control_timestep / model->opt.timestep)) : 1),
         model_(std::move(model)),
-        data_(mj_makeData(model_.get()), &mj_deleteData) {
+        data_(mj_makeData(model_.get()), &mj_deleteData),
+        target_(task.target.empty() ? nullptr
+                                    : model_->geom_pos + 3 * FindId(*model_, mjOBJ_GEOM, task.target.c_str())) {
+    if (task.prepare) task.prepare(*model_);
+    if (target_ != nullptr) mju_copy(default_target_, target_, kTargetSize);
+    // What the model lacks is noticed here rather than during an episode.
+    task.reward(*model_, *data_);
+    task.observe(*model_, *data_);
     for (int i = 0; i < model_->nu; ++i) {
       const mjtNum* range = model_->actuator_ctrlrange + 2 * i;
       range_.emplace_back(range[0], range[1]);
@@ -132,6 +133,7 @@ class MujocoSimulator : public Simulator {
   }
 
   const std::vector<std::pair<double, double>>& action_range() const override { return range_; }
+  // dm_control's episodes end when their steps reach this quotient: the same arithmetic, so the same number.
   int time_limit() const override {
     return static_cast<int>(std::ceil(task_.time_limit / (model_->opt.timestep * substeps_)));
   }
@@ -139,17 +141,24 @@ class MujocoSimulator : public Simulator {
   absl::Status Reset(uint64_t seed) override {
     return ResetWith([&] {
       StartRandom random(seed);
-      task_.initialise(*model_, *data_, random);
+      return task_.initialise(*model_, *data_, random);
     });
   }
 
-  absl::Status ResetTo(std::optional<absl::Span<const double>> qpos,
-                       std::optional<absl::Span<const double>> qvel) override {
-    if (qpos.has_value()) RETURN_IF_ERROR(CheckNumbers(*qpos, model_->nq, "qpos"));
-    if (qvel.has_value()) RETURN_IF_ERROR(CheckNumbers(*qvel, model_->nv, "qvel"));
+  absl::Status ResetTo(const SimulatorStart& start) override {
+    if (start.qpos.has_value()) RETURN_IF_ERROR(CheckNumbers(*start.qpos, model_->nq, "qpos"));
+    if (start.qvel.has_value()) RETURN_IF_ERROR(CheckNumbers(*start.qvel, model_->nv, "qvel"));
+    if (start.target.has_value()) {
+      if (target_ == nullptr) {
+        return absl::InvalidArgumentError(absl::StrCat("target is given, but ", task_.name, " has none to place"));
+      }
+      RETURN_IF_ERROR(CheckNumbers(*start.target, kTargetSize, "target"));
+    }
     return ResetWith([&] {
-      if (qpos.has_value()) mju_copy(data_->qpos, qpos->data(), model_->nq);
-      if (qvel.has_value()) mju_copy(data_->qvel, qvel->data(), model_->nv);
+      if (target_ != nullptr) mju_copy(target_, start.target.has_value() ? start.target->data() : default_target_, kTargetSize);
+      if (start.qpos.has_value()) mju_copy(data_->qpos, start.qpos->data(), model_->nq);
+      if (start.qvel.has_value()) mju_copy(data_->qvel, start.qvel->data(), model_->nv);
+      return absl::OkStatus();
     });
   }
 
@@ -164,13 +173,15 @@ class MujocoSimulator : public Simulator {
     }
     state["qpos"] = Array::From<double>(absl::MakeSpan(data_->qpos, model_->nq), {model_->nq});
     state["qvel"] = Array::From<double>(absl::MakeSpan(data_->qvel, model_->nv), {model_->nv});
+    if (target_ != nullptr) state["target"] = Array::From<double>(absl::MakeSpan(target_, kTargetSize), {kTargetSize});
     return state;
   }
 
   absl::StatusOr<Array> Image() override {
     if (quality_ == EnvironmentOptions::Quality::kReference) return Render(image_size_, image_size_);
     if (fast_renderer_ == nullptr) {
-      ASSIGN_OR_RETURN(fast_renderer_, Renderer::Create(*model_, image_size_, image_size_, quality_));
+      const int scale = std::max(Renderer::kFastScale, (task_.fast_height + image_size_ - 1) / image_size_);
+      ASSIGN_OR_RETURN(fast_renderer_, Renderer::Create(*model_, image_size_, image_size_, quality_, scale));
     }
     return fast_renderer_->Draw(*model_, *data_, kCamera, image_size_, image_size_);
   }
@@ -197,17 +208,11 @@ class MujocoSimulator : public Simulator {
   absl::Status ResetWith(F&& set_start) {
     return Simulate(task_, *data_, [&] {
       mj_resetData(model_.get(), data_.get());
-      ForwardWithoutActuation();
-      set_start();
-      ForwardWithoutActuation();
+      ForwardWithoutActuation(*model_, *data_);
+      const absl::Status status = set_start();
+      ForwardWithoutActuation(*model_, *data_);
+      return status;
     });
-  }
-
-  void ForwardWithoutActuation() {
-    const int flags = model_->opt.disableflags;
-    model_->opt.disableflags |= mjDSBL_ACTUATION;
-    mj_forward(model_.get(), data_.get());
-    model_->opt.disableflags = flags;
   }
 
   // Constant after construction.
@@ -219,6 +224,8 @@ class MujocoSimulator : public Simulator {
 
   const ModelPtr model_;
   const DataPtr data_;
+  mjtNum* const target_;                     // in `model_`; null: the task has none
+  mjtNum default_target_[kTargetSize] = {};  // the model's own
   std::unique_ptr<Renderer> renderer_;       // reference quality; made at its first picture
   std::unique_ptr<Renderer> fast_renderer_;  // made at its first picture
 };
@@ -230,7 +237,13 @@ absl::StatusOr<std::unique_ptr<Simulator>> MakeMujocoSimulator(const MujocoTask&
   InstallMujocoHandlers();
   return CatchExceptions(task.name, [&]() -> absl::StatusOr<std::unique_ptr<Simulator>> {
     ASSIGN_OR_RETURN(ModelPtr model, LoadModel(task.xml));
-    return std::make_unique<MujocoSimulator>(task, std::move(model), image_size, quality);
+    std::unique_ptr<Simulator> simulator;
+    const absl::Status fits = CatchExceptions(task.xml, [&] {
+      simulator = std::make_unique<MujocoSimulator>(task, std::move(model), image_size, quality);
+      return absl::OkStatus();
+    });
+    if (!fits.ok()) return absl::FailedPreconditionError(absl::StrCat(task.name, ": ", fits.message()));
+    return simulator;
   });
 }
 

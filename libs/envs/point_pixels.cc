@@ -70,15 +70,16 @@ class PointPixels : public Simulator {
     return absl::OkStatus();
   }
 
-  absl::Status ResetTo(std::optional<absl::Span<const double>> qpos,
-                       std::optional<absl::Span<const double>> qvel) override {
-    if (qvel.has_value() && !qvel->empty()) {
-      return absl::InvalidArgumentError(absl::StrCat("qvel has ", qvel->size(), " numbers, but point_pixels has no velocities"));
+  absl::Status ResetTo(const SimulatorStart& start) override {
+    if (start.qvel.has_value() && !start.qvel->empty()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("qvel has ", start.qvel->size(), " numbers, but point_pixels has no velocities"));
     }
+    if (start.target.has_value()) return absl::InvalidArgumentError("target is given, but that of point_pixels never moves");
     position_ = {0, 0};
-    if (!qpos.has_value()) return absl::OkStatus();
-    RETURN_IF_ERROR(CheckNumbers(*qpos, position_.size(), "qpos"));
-    for (size_t i = 0; i < position_.size(); ++i) position_[i] = std::clamp((*qpos)[i], -1.0, 1.0);
+    if (!start.qpos.has_value()) return absl::OkStatus();
+    RETURN_IF_ERROR(CheckNumbers(*start.qpos, position_.size(), "qpos"));
+    for (size_t i = 0; i < position_.size(); ++i) position_[i] = std::clamp((*start.qpos)[i], -1.0, 1.0);
     return absl::OkStatus();
   }
 

@@ -49,16 +49,16 @@ Renderer::~Renderer() {
 }
 
 absl::StatusOr<std::unique_ptr<Renderer>> Renderer::Create(mjModel& model, int max_height, int max_width,
-                                                           EnvironmentOptions::Quality quality) {
+                                                           EnvironmentOptions::Quality quality, int fast_scale) {
   const bool fast = quality == EnvironmentOptions::Quality::kFast;
   ASSIGN_OR_RETURN(auto gl, GlContext::Create());
-  std::unique_ptr<Renderer> renderer(new Renderer(std::move(gl), max_height, max_width, fast ? kFastScale : 1));
+  std::unique_ptr<Renderer> renderer(new Renderer(std::move(gl), max_height, max_width, fast ? fast_scale : 1));
   absl::Cleanup restore = [&model, visual = model.vis] { model.vis = visual; };
   if (fast) {
     model.vis.quality.offsamples = 0;
     model.vis.quality.shadowsize = 0;
-    model.vis.global.offheight = max_height * kFastScale;
-    model.vis.global.offwidth = max_width * kFastScale;
+    model.vis.global.offheight = max_height * fast_scale;
+    model.vis.global.offwidth = max_width * fast_scale;
   }
   RETURN_IF_ERROR(renderer->gl_->Run([&] {
     mjr_makeContext(&model, &renderer->context_, mjFONTSCALE_150);

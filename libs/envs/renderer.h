@@ -14,14 +14,15 @@
 namespace orrery {
 
 // Draws one model. kReference: as dm_control's physics.render, pixel by pixel. kFast: without shadows, reflections and
-// multisampling, at kFastScale times the size, averaged down. Not thread-safe; may move between threads.
+// multisampling, at `fast_scale` times the size, averaged down. Not thread-safe; may move between threads.
 class Renderer {
  public:
-  static constexpr int kFastScale = 4;
+  static constexpr int kFastScale = 4;  // keeps parts whole that are wider than a quarter of a pixel
 
   // For pictures up to `max_height` x `max_width`. `model` is changed during the call and restored.
   static absl::StatusOr<std::unique_ptr<Renderer>> Create(mjModel& model, int max_height, int max_width,
-                                                          EnvironmentOptions::Quality quality);
+                                                          EnvironmentOptions::Quality quality,
+                                                          int fast_scale = kFastScale);
   ~Renderer();
   Renderer(const Renderer&) = delete;
   Renderer& operator=(const Renderer&) = delete;

@@ -26,18 +26,22 @@ absl::StatusOr<std::vector<double>> ToDoubles(const Array& array, absl::string_v
 }
 
 absl::Status Start(Simulator& simulator, const RolloutInput& input) {
-  if (!input.qpos.has_value() && !input.qvel.has_value()) return simulator.Reset(input.seed);
-  std::vector<double> qpos, qvel;
-  std::optional<absl::Span<const double>> position, velocity;
+  if (!input.qpos.has_value() && !input.qvel.has_value() && !input.target.has_value()) return simulator.Reset(input.seed);
+  std::vector<double> qpos, qvel, target;
+  SimulatorStart start;
   if (input.qpos.has_value()) {
     ASSIGN_OR_RETURN(qpos, ToDoubles(*input.qpos, "qpos"));
-    position = qpos;
+    start.qpos = qpos;
   }
   if (input.qvel.has_value()) {
     ASSIGN_OR_RETURN(qvel, ToDoubles(*input.qvel, "qvel"));
-    velocity = qvel;
+    start.qvel = qvel;
   }
-  return simulator.ResetTo(position, velocity);
+  if (input.target.has_value()) {
+    ASSIGN_OR_RETURN(target, ToDoubles(*input.target, "target"));
+    start.target = target;
+  }
+  return simulator.ResetTo(start);
 }
 
 // Appends the present state and picture to `rows`, the first dimension of each counting them.

@@ -12,13 +12,19 @@ namespace {
 // How a decision becomes steps of a simulator, or of a copy of one. Thread-safe: constant.
 class StepRule {
  public:
-  StepRule(std::vector<std::pair<double, double>> action_range, int action_repeat, int time_limit)
-      : action_range_(std::move(action_range)), action_repeat_(action_repeat), time_limit_(time_limit) {}
+  StepRule(std::vector<std::pair<double, double>> action_range, int action_repeat, int time_limit, int action_size)
+      : action_range_(std::move(action_range)),
+        action_repeat_(action_repeat),
+        time_limit_(time_limit),
+        action_size_(action_size > 0 ? static_cast<size_t>(action_size) : action_range_.size()) {}
 
-  // The action in the task's own units.
+  int action_size() const { return static_cast<int>(action_size_); }
+
+  // The action in the task's own units, without the numbers that it has no use for.
   absl::StatusOr<std::vector<double>> Scale(absl::Span<const float> action) const {
     std::vector<double> numbers(action.begin(), action.end());
-    RETURN_IF_ERROR(CheckNumbers(numbers, action_range_.size(), "action"));
+    RETURN_IF_ERROR(CheckNumbers(numbers, action_size_, "action"));
+    numbers.resize(action_range_.size());
     for (size_t i = 0; i < numbers.size(); ++i) {
       const auto [low, high] = action_range_[i];
       numbers[i] = (low + high) / 2 + (high - low) / 2 * std::clamp(numbers[i], -1.0, 1.0);
@@ -45,15 +51,17 @@ class StepRule {
   const std::vector<std::pair<double, double>> action_range_;
   const int action_repeat_;
   const int time_limit_;
+  const size_t action_size_;  // at least the task's own
 };
 
 class SimulatorEnvironment : public Environment {
  public:
-  SimulatorEnvironment(std::unique_ptr<Simulator> simulator, int image_size, int action_repeat, int time_limit)
+  SimulatorEnvironment(std::unique_ptr<Simulator> simulator, int image_size, int action_repeat, int time_limit,
+                       int action_size)
       : simulator_(std::move(simulator)),
-        rule_(simulator_->action_range(), action_repeat, time_limit > 0 ? time_limit : simulator_->time_limit()) {
+        rule_(simulator_->action_range(), action_repeat, time_limit > 0 ? time_limit : simulator_->time_limit(), action_size) {
     spec_.observations = {{"image", DType::kUInt8, {image_size, image_size, 3}}};
-    spec_.action.size = static_cast<int>(simulator_->action_range().size());
+    spec_.action.size = rule_.action_size();
   }
 
   const EnvironmentSpec& spec() const override { return spec_; }
@@ -135,8 +143,8 @@ class SimulatorEnvironment : public Environment {
 }  // namespace
 
 std::unique_ptr<Environment> MakeSimulatorEnvironment(std::unique_ptr<Simulator> simulator, int image_size,
-                                                      int action_repeat, int time_limit) {
-  return std::make_unique<SimulatorEnvironment>(std::move(simulator), image_size, action_repeat, time_limit);
+                                                      int action_repeat, int time_limit, int action_size) {
+  return std::make_unique<SimulatorEnvironment>(std::move(simulator), image_size, action_repeat, time_limit, action_size);
 }
 
 absl::Status CheckNumbers(absl::Span<const double> values, size_t size, absl::string_view what) {
