@@ -30,6 +30,8 @@ absl::StatusOr<Chunk> InfoFromProto(const replay::v1::Chunk& proto) {
   chunk.info.rows = proto.rows();
   ASSIGN_OR_RETURN(chunk.info.mode, FromProto(proto.mode()));
   ASSIGN_OR_RETURN(chunk.info.end, FromProto(proto.end()));
+  RETURN_IF_ERROR(CheckRange("task", proto.task(), 0, kMaxTask));
+  chunk.info.task = proto.task();
   chunk.info.specification_hash = proto.specification_hash();
   ASSIGN_OR_RETURN(chunk.info.snapshot_version, FromProto(proto.snapshot_version()));
   if (!std::isfinite(proto.reward_sum())) {
@@ -104,6 +106,7 @@ replay::v1::Chunk ToProto(const Chunk& chunk) {
   proto.set_mode(ToProto(chunk.info.mode));
   proto.set_end(ToProto(chunk.info.end));
   proto.set_specification_hash(chunk.info.specification_hash);
+  proto.set_task(chunk.info.task);
   if (chunk.info.snapshot_version != SnapshotVersion{}) {
     *proto.mutable_snapshot_version() = ToProto(chunk.info.snapshot_version);
   }
@@ -129,6 +132,28 @@ replay::v1::ChunkKey ToProto(const ChunkKey& key) {
   proto.set_episode_id(key.episode_id);
   proto.set_first_row(key.first_row);
   return proto;
+}
+
+replay::v1::EpisodeSummary Summarise(absl::Span<const ChunkInfo> chunks) {
+  replay::v1::EpisodeSummary summary;
+  summary.set_episode_id(chunks.front().key.episode_id);
+  summary.set_mode(ToProto(chunks.front().mode));
+  summary.set_end(ToProto(chunks.back().end));
+  summary.set_first_row(chunks.front().key.first_row);
+  summary.set_task(chunks.front().task);
+  summary.set_chunks(static_cast<int32_t>(chunks.size()));
+  int64_t next = summary.first_row();
+  SnapshotVersion newest;
+  for (const ChunkInfo& chunk : chunks) {
+    summary.set_rows(summary.rows() + chunk.rows);
+    summary.set_missing_rows(summary.missing_rows() + std::max<int64_t>(0, chunk.key.first_row - next));
+    summary.set_reward_sum(summary.reward_sum() + chunk.reward_sum);
+    summary.set_bytes(summary.bytes() + chunk.payload_bytes);
+    next = std::max(next, chunk.key.first_row + chunk.rows);
+    newest = std::max(newest, chunk.snapshot_version);
+  }
+  if (newest != SnapshotVersion{}) *summary.mutable_snapshot_version() = ToProto(newest);
+  return summary;
 }
 
 absl::Status SplitSnapshot(const Store::Snapshot& snapshot,

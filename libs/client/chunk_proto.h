@@ -6,6 +6,7 @@
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "libs/replay/store.h"
 #include "orrery/common/v1/snapshot.pb.h"
 #include "orrery/replay/v1/replay.pb.h"
@@ -22,6 +23,7 @@ replay::v1::EpisodeEnd ToProto(EpisodeEnd end);
 absl::StatusOr<EpisodeEnd> FromProto(replay::v1::EpisodeEnd end);
 
 inline constexpr int kMaxChunkRows = 1000;
+inline constexpr int kMaxTask = 9999;
 inline constexpr int64_t kMaxPayloadBytes = int64_t{64} << 20;
 
 replay::v1::Chunk ToProto(const Chunk& chunk);
@@ -30,6 +32,9 @@ absl::StatusOr<Chunk> FromProto(const replay::v1::Chunk& chunk);
 absl::StatusOr<Chunk> FromProto(replay::v1::Chunk&& chunk);
 
 replay::v1::ChunkKey ToProto(const ChunkKey& key);
+
+// What ListEpisodes tells of an episode with these chunks: at least one, by row.
+replay::v1::EpisodeSummary Summarise(absl::Span<const ChunkInfo> chunks);
 
 inline constexpr int64_t kSnapshotPartBytes = int64_t{1} << 20;
 inline constexpr int64_t kMaxSnapshotBytes = int64_t{2} << 30;

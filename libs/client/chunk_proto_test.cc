@@ -24,6 +24,7 @@ Chunk SomeChunk() {
   chunk.info.specification_hash = 0xfedcba9876543210;
   chunk.info.snapshot_version = {2, 300};
   chunk.info.reward_sum = -1.5;
+  chunk.info.task = 3;
   chunk.payload = std::string("rows\0rows", 9);
   chunk.info.payload_bytes = 9;
   return chunk;
@@ -51,6 +52,8 @@ TEST(ChunkProto, NamesTheFieldThatIsWrong) {
       {"episode end", [](Proto& c) { c.clear_end(); }},
       {"episode end", [](Proto& c) { c.set_end(static_cast<replay::v1::EpisodeEnd>(9)); }},
       {"snapshot version", [](Proto& c) { c.mutable_snapshot_version()->set_counter(-1); }},
+      {"task", [](Proto& c) { c.set_task(-1); }},
+      {"task", [](Proto& c) { c.set_task(10000); }},
       {"reward_sum", [](Proto& c) { c.set_reward_sum(std::numeric_limits<double>::quiet_NaN()); }},
       {"payload", [](Proto& c) { c.clear_payload(); }},
       {"payload", [](Proto& c) { c.set_payload(std::string(kMaxPayloadBytes + 1, 'x')); }},
@@ -60,6 +63,30 @@ TEST(ChunkProto, NamesTheFieldThatIsWrong) {
     damage(proto);
     EXPECT_THAT(FromProto(proto), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(field)));
   }
+}
+
+TEST(Summarise, AddsUpWhatIsThere) {
+  ChunkInfo first = SomeChunk().info, second = first, third = first;
+  first.snapshot_version = {2, 400};
+  first.end = EpisodeEnd::kContinues;
+  second.key.first_row = 80;  // 5 rows after the first one's end
+  third.key.first_row = 90;   // overlaps: a client's mistake
+  third.end = EpisodeEnd::kTerminated;
+  third.snapshot_version = {};
+  const replay::v1::EpisodeSummary summary = Summarise({first, second, third});
+  EXPECT_EQ(summary.episode_id(), 7);
+  EXPECT_EQ(summary.mode(), replay::v1::EVALUATE);
+  EXPECT_EQ(summary.end(), replay::v1::TERMINATED);
+  EXPECT_EQ(summary.first_row(), 50);
+  EXPECT_EQ(summary.task(), 3);
+  EXPECT_EQ(summary.rows(), 75);
+  EXPECT_EQ(summary.missing_rows(), 5);
+  EXPECT_EQ(summary.chunks(), 3);
+  EXPECT_EQ(summary.reward_sum(), -4.5);
+  EXPECT_EQ(summary.bytes(), 27);
+  EXPECT_EQ(summary.snapshot_version().generation(), 2);
+  EXPECT_EQ(summary.snapshot_version().counter(), 400);
+  EXPECT_FALSE(Summarise({third}).has_snapshot_version());
 }
 
 std::vector<common::v1::SnapshotPart> Split(const Store::Snapshot& snapshot) {

@@ -38,7 +38,7 @@ absl::StatusOr<std::optional<ReplayClient::Episode>> ReplayClient::BeginEpisode(
   episode.assignment.episode_id = response.episode_id();
   ASSIGN_OR_RETURN(episode.assignment.mode, FromProto(response.mode()));
   episode.assignment.seed = response.seed();
-  episode.task = response.task();
+  episode.assignment.task = response.task();
   episode.lease_seconds = response.lease_seconds();
   return episode;
 }
@@ -144,6 +144,50 @@ absl::StatusOr<replay::v1::GetStatsResponse> ReplayClient::GetStats(absl::Time d
     return Stub(channel_)->GetStats(&context, request, &response);
   }));
   return response;
+}
+
+absl::StatusOr<replay::v1::ListEpisodesResponse> ReplayClient::ListEpisodes(int64_t first, int max,
+                                                                            replay::v1::EpisodeMode mode,
+                                                                            absl::Time deadline) {
+  replay::v1::ListEpisodesRequest request;
+  request.set_run(run_);
+  request.set_first_episode_id(first);
+  request.set_page_size(max);
+  request.set_mode(mode);
+  replay::v1::ListEpisodesResponse response;
+  RETURN_IF_ERROR(RetryUnavailable(deadline, [&](grpc::ClientContext& context) {
+    return Stub(channel_)->ListEpisodes(&context, request, &response);
+  }));
+  return response;
+}
+
+absl::StatusOr<std::vector<Chunk>> ReplayClient::GetEpisode(int64_t episode_id, absl::Time deadline) {
+  replay::v1::GetEpisodeRequest request;
+  request.set_run(run_);
+  request.set_episode_id(episode_id);
+  std::vector<Chunk> chunks;
+  absl::Status wrong;
+  RETURN_IF_ERROR(RetryUnavailable(deadline, [&](grpc::ClientContext& context) {
+    auto stub = Stub(channel_);
+    auto stream = stub->GetEpisode(&context, request);
+    chunks.clear();
+    replay::v1::GetEpisodeResponse response;
+    while (wrong.ok() && stream->Read(&response)) {
+      absl::StatusOr<Chunk> chunk = FromProto(std::move(*response.mutable_chunk()));
+      if (chunk.ok()) {
+        chunks.push_back(*std::move(chunk));
+      } else {
+        wrong = absl::DataLossError(absl::StrCat("replay sent a wrong chunk: ", chunk.status().message()));
+      }
+    }
+    if (wrong.ok()) return stream->Finish();
+    context.TryCancel();
+    stream->Finish();
+    return grpc::Status(grpc::Status::OK);  // reported below
+  }));
+  RETURN_IF_ERROR(wrong);
+  if (chunks.empty()) return absl::DataLossError(absl::StrCat("replay sent no chunk of episode ", episode_id));
+  return chunks;
 }
 
 }  // namespace orrery

@@ -27,7 +27,6 @@ class ReplayClient {
 
   struct Episode {
     EpisodeAssignment assignment;
-    std::string task;
     int lease_seconds = 0;
   };
   // nullopt: none may begin before the deadline.
@@ -42,6 +41,11 @@ class ReplayClient {
   virtual absl::Status PutSnapshot(const Store::Snapshot& snapshot, absl::Time deadline);
   virtual absl::StatusOr<Store::Snapshot> GetSnapshot(absl::Time deadline);  // NOT_FOUND: none
   virtual absl::StatusOr<replay::v1::GetStatsResponse> GetStats(absl::Time deadline);
+  // At most `max` (1 to 1000) stored episodes of a mode (unspecified: of any) from number `first` on, in their order.
+  virtual absl::StatusOr<replay::v1::ListEpisodesResponse> ListEpisodes(int64_t first, int max, replay::v1::EpisodeMode mode,
+                                                                        absl::Time deadline);
+  // The stored chunks of one episode by row, at least one. NOT_FOUND: none is stored, or one was evicted meanwhile.
+  virtual absl::StatusOr<std::vector<Chunk>> GetEpisode(int64_t episode_id, absl::Time deadline);
 
   const std::string& run() const { return run_; }
   std::shared_ptr<grpc::Channel> channel() const { return channel_; }

@@ -3,6 +3,7 @@
 #include <zstd.h>
 
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <utility>
@@ -203,6 +204,29 @@ absl::StatusOr<ArrayMap> DecodeRows(absl::string_view payload, int64_t rows, int
   for (int i = 0; i < count; ++i) RETURN_IF_ERROR(DecodeField(in, rows, max_bytes, fields));
   if (!in.empty()) return Damaged("bytes left over");
   return fields;
+}
+
+absl::Status CheckRows(const ArrayMap& rows) {
+  struct Field {
+    const char* name;
+    DType dtype;
+    size_t dimensions;
+  };
+  constexpr Field kFields[] = {{kAction, DType::kFloat32, 2},
+                               {kReward, DType::kFloat32, 1},
+                               {kIsFirst, DType::kUInt8, 1},
+                               {kIsTerminal, DType::kUInt8, 1}};
+  for (const Field& expected : kFields) {
+    const auto found = rows.find(expected.name);
+    if (found == rows.end()) return absl::InvalidArgumentError(absl::StrCat("field \"", expected.name, "\" is missing"));
+    const Array& array = found->second;
+    if (array.dtype == expected.dtype && array.shape.size() == expected.dimensions) continue;
+    return absl::InvalidArgumentError(absl::StrCat("field \"", expected.name, "\" is ", Name(array.dtype), " ",
+                                                   ShapeString(array.shape), ": expected ", Name(expected.dtype), " with ",
+                                                   expected.dimensions, " dimension(s)"));
+  }
+  if (rows.size() == std::size(kFields)) return absl::InvalidArgumentError("there is no observation beside the other fields");
+  return absl::OkStatus();
 }
 
 }  // namespace orrery

@@ -23,4 +23,8 @@ absl::StatusOr<std::string> EncodeRows(const ArrayMap& fields);
 // `max_bytes`: nothing is allocated beyond what was checked.
 absl::StatusOr<ArrayMap> DecodeRows(absl::string_view payload, int64_t rows, int64_t max_bytes = int64_t{1} << 30);
 
+// Whether decoded rows are what a learner can use: action, reward, is_first and is_terminal with the types above and at least
+// one modality. INVALID_ARGUMENT names the field.
+absl::Status CheckRows(const ArrayMap& rows);
+
 }  // namespace orrery

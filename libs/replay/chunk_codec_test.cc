@@ -5,6 +5,7 @@
 #include <limits>
 #include <random>
 
+#include "absl/strings/str_cat.h"
 #include "libs/base/file.h"
 #include "libs/base/status_matchers.h"
 
@@ -141,6 +142,29 @@ TEST(ChunkCodec, RefusesAnotherNumberOfRowsOrVersion) {
   EXPECT_THAT(DecodeRows(payload, 5), StatusIs(absl::StatusCode::kDataLoss, HasSubstr("4 rows, expected 5")));
   payload[4] = 2;
   EXPECT_THAT(DecodeRows(Seal(payload), 4), StatusIs(absl::StatusCode::kDataLoss, HasSubstr("version 2, expected 1")));
+}
+
+TEST(ChunkCodec, NamesTheFieldThatALearnerMisses) {
+  const ArrayMap good = Rows(3, 8);
+  EXPECT_OK(CheckRows(good));
+  const auto refuse = [&](auto change, const std::string& words) {
+    ArrayMap rows = good;
+    change(rows);
+    EXPECT_THAT(CheckRows(rows), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(words)));
+  };
+  for (const char* name : {kAction, kReward, kIsFirst, kIsTerminal}) {
+    refuse([&](ArrayMap& rows) { rows.erase(name); }, absl::StrCat("field \"", name, "\" is missing"));
+  }
+  refuse([](ArrayMap& rows) { rows[kReward] = Noise(DType::kFloat64, {3}, 1); },
+         "field \"reward\" is float64 [3]: expected float32 with 1 dimension(s)");
+  refuse([](ArrayMap& rows) { rows[kAction] = Noise(DType::kFloat32, {3}, 1); },
+         "field \"action\" is float32 [3]: expected float32 with 2 dimension(s)");
+  refuse(
+      [](ArrayMap& rows) {
+        rows.erase("image");
+        rows.erase("joints");
+      },
+      "no observation");
 }
 
 }  // namespace

@@ -23,23 +23,24 @@ bool ParseHash(absl::string_view text, uint64_t& value) {
 }  // namespace
 
 std::string InfoText(const ChunkInfo& info) {
-  return absl::StrFormat("%d %d %d %d %d %016x %d %d %.17g %d", info.key.episode_id, info.key.first_row, info.rows,
+  return absl::StrFormat("%d %d %d %d %d %016x %d %d %.17g %d %d", info.key.episode_id, info.key.first_row, info.rows,
                          static_cast<int>(info.mode), static_cast<int>(info.end), info.specification_hash,
                          info.snapshot_version.generation, info.snapshot_version.counter, info.reward_sum,
-                         info.payload_bytes);
+                         info.payload_bytes, info.task);
 }
 
 absl::StatusOr<ChunkInfo> ParseInfoText(absl::string_view text) {
   const std::vector<absl::string_view> parts = absl::StrSplit(text, ' ');
   ChunkInfo info;
   int mode = 0, end = 0;
-  if (parts.size() != 10 || !absl::SimpleAtoi(parts[0], &info.key.episode_id) ||
+  if (parts.size() != 11 || !absl::SimpleAtoi(parts[0], &info.key.episode_id) ||
       !absl::SimpleAtoi(parts[1], &info.key.first_row) || !absl::SimpleAtoi(parts[2], &info.rows) ||
       !absl::SimpleAtoi(parts[3], &mode) || !absl::SimpleAtoi(parts[4], &end) ||
       !ParseHash(parts[5], info.specification_hash) ||
       !absl::SimpleAtoi(parts[6], &info.snapshot_version.generation) ||
       !absl::SimpleAtoi(parts[7], &info.snapshot_version.counter) || !absl::SimpleAtod(parts[8], &info.reward_sum) ||
-      !absl::SimpleAtoi(parts[9], &info.payload_bytes) || mode < 1 || mode > 3 || end < 1 || end > 3 || info.rows < 1) {
+      !absl::SimpleAtoi(parts[9], &info.payload_bytes) || !absl::SimpleAtoi(parts[10], &info.task) || mode < 1 || mode > 3 ||
+      end < 1 || end > 3 || info.rows < 1 || info.task < 0) {
     return absl::DataLossError(absl::StrCat("damaged description of a chunk: '", absl::CHexEscape(text.substr(0, 200)), "'"));
   }
   info.mode = static_cast<EpisodeMode>(mode);
@@ -67,6 +68,7 @@ absl::Status CheckChunk(const Chunk& chunk) {
   if (info.key.first_row < 0) return refuse("first_row", info.key.first_row, "at least 0");
   if (info.rows < 1) return refuse("rows", info.rows, "at least 1");
   const int mode = static_cast<int>(info.mode), end = static_cast<int>(info.end);
+  if (info.task < 0) return refuse("task", info.task, "at least 0");
   if (mode < 1 || mode > 3) return refuse("mode", mode, "1 to 3");
   if (end < 1 || end > 3) return refuse("end", end, "1 to 3");
   if (info.payload_bytes != static_cast<int64_t>(chunk.payload.size())) {

@@ -10,8 +10,8 @@
 
 namespace orrery {
 
-// "episode first_row rows mode end specification_hash generation counter reward_sum payload_bytes": decimal numbers but
-// for the hash, which is 16 hexadecimal digits. reward_sum keeps every bit (not-a-number becomes "nan").
+// "episode first_row rows mode end specification_hash generation counter reward_sum payload_bytes task": decimal
+// numbers but for the hash, which is 16 hexadecimal digits. reward_sum keeps every bit (not-a-number becomes "nan").
 std::string InfoText(const ChunkInfo& info);
 // DATA_LOSS for anything else.
 absl::StatusOr<ChunkInfo> ParseInfoText(absl::string_view text);

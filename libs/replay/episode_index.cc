@@ -62,14 +62,22 @@ struct Run {
   size_t slot = 0;
 };
 
-struct Episode {
-  std::map<int64_t, LiveChunk> chunks;  // by first row
-  std::map<int64_t, Run> runs;          // by first row
-};
-
 struct Slot {
   int64_t episode_id = 0;
   int64_t first = 0;
+};
+
+// The runs of one task, each with its number of valid starts.
+struct Task {
+  FenwickTree tree;
+  std::vector<Slot> slots;
+  std::vector<size_t> free_slots;
+};
+
+struct Episode {
+  Task* task = nullptr;
+  std::map<int64_t, LiveChunk> chunks;  // by first row
+  std::map<int64_t, Run> runs;          // by first row
 };
 
 }  // namespace
@@ -80,21 +88,22 @@ struct EpisodeIndex::Impl {
   int64_t Starts(int64_t first, int64_t end) const { return std::max<int64_t>(0, end - first - sequence_length + 1); }
 
   void AddRun(int64_t episode_id, Episode& episode, int64_t first, int64_t end) {
-    if (free_slots.empty()) {
-      free_slots.push_back(tree.size());
-      tree.Grow();
-      slots.emplace_back();
+    Task& task = *episode.task;
+    if (task.free_slots.empty()) {
+      task.free_slots.push_back(task.tree.size());
+      task.tree.Grow();
+      task.slots.emplace_back();
     }
-    const size_t slot = free_slots.back();
-    free_slots.pop_back();
-    slots[slot] = {episode_id, first};
-    tree.Set(slot, Starts(first, end));
+    const size_t slot = task.free_slots.back();
+    task.free_slots.pop_back();
+    task.slots[slot] = {episode_id, first};
+    task.tree.Set(slot, Starts(first, end));
     episode.runs.emplace(first, Run{end, slot});
   }
 
   void RemoveRun(Episode& episode, std::map<int64_t, Run>::iterator run) {
-    tree.Set(run->second.slot, 0);
-    free_slots.push_back(run->second.slot);
+    episode.task->tree.Set(run->second.slot, 0);
+    episode.task->free_slots.push_back(run->second.slot);
     episode.runs.erase(run);
   }
 
@@ -126,14 +135,43 @@ struct EpisodeIndex::Impl {
     if (end < run_end) AddRun(episode_id, episode, end, run_end);
   }
 
+  // The slices of the sequence that begins there.
+  Sequence SequenceAt(int64_t episode_id, int64_t first_row) const {
+    Sequence sequence{episode_id, first_row, {}};
+    const auto& chunks = episodes.at(episode_id).chunks;
+    int64_t row = first_row;
+    const int64_t end = row + sequence_length;
+    // The chunk that holds `row`: the last sampled one that begins at or before it.
+    auto chunk = std::prev(chunks.upper_bound(row));
+    while (!chunk->second.sampled) --chunk;
+    for (; row < end; ++chunk) {
+      if (!chunk->second.sampled) continue;
+      const int64_t first = chunk->first;
+      const int64_t stop = std::min(end, first + chunk->second.info.rows);
+      sequence.slices.push_back({chunk->second.info.key, static_cast<int32_t>(row - first), static_cast<int32_t>(stop - row)});
+      row = stop;
+    }
+    return sequence;
+  }
+
+  // The sequence at a position in [0, starts of the task).
+  Sequence SequenceAtPosition(const Task& task, int64_t position) const {
+    const auto [slot, offset] = task.tree.Find(position);
+    return SequenceAt(task.slots[slot].episode_id, task.slots[slot].first + offset);
+  }
+
+  int64_t ValidStarts() const {
+    int64_t starts = 0;
+    for (const auto& [number, task] : tasks) starts += task.tree.total();
+    return starts;
+  }
+
   const int sequence_length;
+  std::map<int, Task> tasks;  // those seen so far; pointers into it stay valid
   std::unordered_map<int64_t, Episode> episodes;
   std::map<int64_t, ChunkKey> arrivals;
   int64_t next_arrival = 0;
   IndexTotals totals;
-  FenwickTree tree;
-  std::vector<Slot> slots;
-  std::vector<size_t> free_slots;
 };
 
 EpisodeIndex::EpisodeIndex(int sequence_length) : impl_(std::make_unique<Impl>(std::max(1, sequence_length))) {}
@@ -143,6 +181,7 @@ void EpisodeIndex::Append(const ChunkInfo& info) {
   if (info.rows < 1) return;
   const int64_t id = info.key.episode_id;
   Episode& episode = impl_->episodes[id];
+  if (episode.task == nullptr) episode.task = &impl_->tasks[info.task];
   const auto [chunk, is_new] = episode.chunks.try_emplace(info.key.first_row);
   if (!is_new) return;
   chunk->second = {info, impl_->next_arrival++, false};
@@ -177,29 +216,51 @@ void EpisodeIndex::Evict(const ChunkKey& key) {
 }
 
 std::optional<Sequence> EpisodeIndex::Sample(std::mt19937_64& random) const {
-  if (impl_->tree.total() == 0) return std::nullopt;
-  std::uniform_int_distribution<int64_t> uniform(0, impl_->tree.total() - 1);
-  const auto [slot, offset] = impl_->tree.Find(uniform(random));
-  Sequence sequence;
-  sequence.episode_id = impl_->slots[slot].episode_id;
-  sequence.first_row = impl_->slots[slot].first + offset;
-  const auto& chunks = impl_->episodes.at(sequence.episode_id).chunks;
-  int64_t row = sequence.first_row;
-  const int64_t end = row + impl_->sequence_length;
-  // The chunk that holds `row`: the last sampled one that begins at or before it.
-  auto chunk = std::prev(chunks.upper_bound(row));
-  while (!chunk->second.sampled) --chunk;
-  for (; row < end; ++chunk) {
-    if (!chunk->second.sampled) continue;
-    const int64_t first = chunk->first;
-    const int64_t stop = std::min(end, first + chunk->second.info.rows);
-    sequence.slices.push_back({chunk->second.info.key, static_cast<int32_t>(row - first), static_cast<int32_t>(stop - row)});
-    row = stop;
-  }
-  return sequence;
+  const int64_t starts = impl_->ValidStarts();
+  if (starts == 0) return std::nullopt;
+  int64_t position = std::uniform_int_distribution<int64_t>(0, starts - 1)(random);
+  auto task = impl_->tasks.begin();
+  for (; position >= task->second.tree.total(); ++task) position -= task->second.tree.total();
+  return impl_->SequenceAtPosition(task->second, position);
 }
 
-int64_t EpisodeIndex::valid_starts() const { return impl_->tree.total(); }
+std::optional<Sequence> EpisodeIndex::SampleTask(int task, std::mt19937_64& random) const {
+  const auto found = impl_->tasks.find(task);
+  if (found == impl_->tasks.end() || found->second.tree.total() == 0) return std::nullopt;
+  const int64_t position = std::uniform_int_distribution<int64_t>(0, found->second.tree.total() - 1)(random);
+  return impl_->SequenceAtPosition(found->second, position);
+}
+
+Sequence EpisodeIndex::SequenceAt(int64_t episode_id, int64_t first_row) const {
+  return impl_->SequenceAt(episode_id, first_row);
+}
+
+std::vector<StartRange> EpisodeIndex::NewestStarts(int64_t rows) const {
+  std::vector<StartRange> ranges;
+  for (auto it = impl_->arrivals.rbegin(); it != impl_->arrivals.rend() && rows > 0; ++it) {
+    const Episode& episode = impl_->episodes.at(it->second.episode_id);
+    const auto& [first, chunk] = *episode.chunks.find(it->second.first_row);
+    if (!chunk.sampled) continue;
+    rows -= chunk.info.rows;
+    const auto run = std::prev(episode.runs.upper_bound(first));
+    // Sequences that end at rows [first, first + rows) of the chunk and begin inside the run.
+    const int64_t lowest = std::max(run->first, first - impl_->sequence_length + 1);
+    const int64_t starts = first + chunk.info.rows - impl_->sequence_length + 1 - lowest;
+    if (starts > 0) ranges.push_back({it->second.episode_id, lowest, starts});
+  }
+  return ranges;
+}
+
+int64_t EpisodeIndex::valid_starts() const { return impl_->ValidStarts(); }
+
+std::map<int, int64_t> EpisodeIndex::task_starts() const {
+  std::map<int, int64_t> starts;
+  for (const auto& [number, task] : impl_->tasks) {
+    if (task.tree.total() > 0) starts[number] = task.tree.total();
+  }
+  return starts;
+}
+
 IndexTotals EpisodeIndex::totals() const { return impl_->totals; }
 
 std::vector<ChunkKey> EpisodeIndex::OldestBeyond(int64_t max_rows, int64_t max_bytes) const {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
 #include <random>
@@ -26,6 +27,13 @@ struct Sequence {
   std::vector<ChunkSlice> slices;  // in order, rows add up to L
 };
 
+// Sequences that begin at rows first_row … first_row + starts - 1 of one episode.
+struct StartRange {
+  int64_t episode_id = 0;
+  int64_t first_row = 0;
+  int64_t starts = 0;  // at least 1
+};
+
 struct IndexTotals {
   int64_t rows = 0;      // live, of the chunks this index was given
   int64_t bytes = 0;     // payload bytes
@@ -40,13 +48,23 @@ class EpisodeIndex {
   // Sequences of `sequence_length` rows will be drawn; evaluation chunks are counted in totals but never sampled.
   explicit EpisodeIndex(int sequence_length);
   ~EpisodeIndex();
-  // Repeats are ignored. Chunks may come in any order (gaps break an episode into runs of consecutive rows).
+  // Repeats are ignored. Chunks may come in any order (gaps break an episode into runs of consecutive rows). The task of an
+  // episode is that of its first chunk here.
   void Append(const ChunkInfo& info);
   // Unknown keys are ignored.
   void Evict(const ChunkKey& key);
   // Nothing when there is no valid start.
   std::optional<Sequence> Sample(std::mt19937_64& random) const;
+  // The same among the valid starts of one task.
+  std::optional<Sequence> SampleTask(int task, std::mt19937_64& random) const;
+  // The sequence that begins there, which must be a valid start.
+  Sequence SequenceAt(int64_t episode_id, int64_t first_row) const;
+  // The valid starts of sequences whose last row is in one of the newest training chunks: as many chunks, in order of arrival,
+  // as hold at least `rows` rows, or all. Each start once. Costs O(chunks looked at * log chunks of an episode).
+  std::vector<StartRange> NewestStarts(int64_t rows) const;
   int64_t valid_starts() const;
+  // By task, tasks without one left out.
+  std::map<int, int64_t> task_starts() const;
   IndexTotals totals() const;
   // Chunks to evict so that rows and bytes fit: the oldest first, in order of arrival.
   std::vector<ChunkKey> OldestBeyond(int64_t max_rows, int64_t max_bytes) const;

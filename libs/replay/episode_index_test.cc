@@ -3,106 +3,16 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <algorithm>
-#include <cmath>
 #include <map>
 #include <set>
+
+#include "libs/replay/naive_index.h"
 
 namespace orrery {
 namespace {
 
 using ::testing::ElementsAre;
 using ::testing::IsEmpty;
-
-ChunkInfo Info(int64_t episode, int64_t first_row, int32_t rows, EpisodeMode mode = EpisodeMode::kTrain) {
-  ChunkInfo info;
-  info.key = {episode, first_row};
-  info.rows = rows;
-  info.mode = mode;
-  info.payload_bytes = rows * 10;
-  return info;
-}
-
-using Start = std::pair<int64_t, int64_t>;  // episode, row
-
-// The obvious model: a set of live rows, and every start tried.
-class NaiveIndex {
- public:
-  explicit NaiveIndex(int length) : length_(length) {}
-  void Append(const ChunkInfo& info) {
-    if (chunks_.emplace(info.key, info).second) order_.push_back(info.key);
-  }
-  void Evict(const ChunkKey& key) {
-    if (chunks_.erase(key) > 0) order_.erase(std::find(order_.begin(), order_.end(), key));
-  }
-  std::set<Start> Starts() const {
-    std::set<Start> rows, starts;
-    for (const auto& [key, info] : chunks_) {
-      if (info.mode == EpisodeMode::kEvaluate) continue;
-      for (int i = 0; i < info.rows; ++i) rows.insert({key.episode_id, key.first_row + i});
-    }
-    for (const auto& [episode, row] : rows) {
-      int64_t n = 0;
-      while (n < length_ && rows.count({episode, row + n}) > 0) ++n;
-      if (n == length_) starts.insert({episode, row});
-    }
-    return starts;
-  }
-  IndexTotals Totals() const {
-    IndexTotals totals;
-    std::set<int64_t> episodes;
-    for (const auto& [key, info] : chunks_) {
-      totals.rows += info.rows;
-      totals.bytes += info.payload_bytes;
-      totals.chunks += 1;
-      episodes.insert(key.episode_id);
-    }
-    totals.episodes = static_cast<int64_t>(episodes.size());
-    return totals;
-  }
-  std::vector<ChunkKey> OldestBeyond(int64_t max_rows, int64_t max_bytes) const {
-    IndexTotals totals = Totals();
-    std::vector<ChunkKey> keys;
-    for (const ChunkKey& key : order_) {
-      if (totals.rows <= max_rows && totals.bytes <= max_bytes) break;
-      totals.rows -= chunks_.at(key).rows;
-      totals.bytes -= chunks_.at(key).payload_bytes;
-      keys.push_back(key);
-    }
-    return keys;
-  }
-  const std::map<ChunkKey, ChunkInfo>& chunks() const { return chunks_; }
-
- private:
-  const int64_t length_;
-  std::map<ChunkKey, ChunkInfo> chunks_;
-  std::vector<ChunkKey> order_;
-};
-
-// The slices must cover exactly the rows of the sequence, from live chunks.
-void ExpectSound(const Sequence& sequence, const NaiveIndex& model, int length) {
-  int64_t row = sequence.first_row;
-  for (const ChunkSlice& slice : sequence.slices) {
-    const auto chunk = model.chunks().find(slice.key);
-    ASSERT_NE(chunk, model.chunks().end());
-    ASSERT_EQ(slice.key.episode_id, sequence.episode_id);
-    ASSERT_EQ(slice.key.first_row + slice.begin, row);
-    ASSERT_GE(slice.begin, 0);
-    ASSERT_GE(slice.rows, 1);
-    ASSERT_LE(slice.begin + slice.rows, chunk->second.rows);
-    row += slice.rows;
-  }
-  ASSERT_EQ(row, sequence.first_row + length);
-}
-
-void ExpectEqual(const EpisodeIndex& index, const NaiveIndex& model) {
-  const IndexTotals a = index.totals(), b = model.Totals();
-  ASSERT_EQ(a.rows, b.rows);
-  ASSERT_EQ(a.bytes, b.bytes);
-  ASSERT_EQ(a.chunks, b.chunks);
-  ASSERT_EQ(a.episodes, b.episodes);
-  ASSERT_EQ(index.valid_starts(), static_cast<int64_t>(model.Starts().size()));
-}
 
 TEST(EpisodeIndex, HasNothingToSampleAtFirst) {
   EpisodeIndex index(5);
@@ -159,6 +69,64 @@ TEST(EpisodeIndex, NamesTheOldestInOrderOfArrival) {
   EXPECT_EQ(index.OldestBeyond(0, 0).size(), 3u);
 }
 
+// Each start of the ranges, once.
+std::set<Start> StartsOf(const std::vector<StartRange>& ranges) {
+  std::set<Start> starts;
+  for (const StartRange& range : ranges) {
+    for (int64_t i = 0; i < range.starts; ++i) {
+      EXPECT_TRUE(starts.insert({range.episode_id, range.first_row + i}).second) << "twice";
+    }
+  }
+  return starts;
+}
+
+TEST(EpisodeIndex, FindsTheStartsThatEndInTheNewestRows) {
+  EpisodeIndex index(4);
+  index.Append(Info(1, 0, 5));
+  index.Append(Info(2, 0, 3));
+  index.Append(Info(1, 5, 5));
+  index.Append(Info(3, 0, 9, EpisodeMode::kEvaluate));
+  index.Append(Info(2, 3, 2));
+  EXPECT_TRUE(index.NewestStarts(0).empty());
+  const std::set<Start> newest = {{2, 0}, {2, 1}};
+  EXPECT_EQ(StartsOf(index.NewestStarts(1)), newest);
+  EXPECT_EQ(StartsOf(index.NewestStarts(2)), newest);
+  const std::set<Start> before = {{2, 0}, {2, 1}, {1, 2}, {1, 3}, {1, 4}, {1, 5}, {1, 6}};
+  EXPECT_EQ(StartsOf(index.NewestStarts(3)), before);
+  EXPECT_EQ(StartsOf(index.NewestStarts(10)), before);  // the third newest chunk has no row that ends a sequence
+  const std::vector<StartRange> all = index.NewestStarts(1000);
+  EXPECT_EQ(StartsOf(all).size(), 9u);
+  EXPECT_EQ(index.valid_starts(), 9);
+  index.Evict({1, 0});
+  EXPECT_EQ(StartsOf(index.NewestStarts(3)), (std::set<Start>{{2, 0}, {2, 1}, {1, 5}, {1, 6}}));
+}
+
+TEST(EpisodeIndex, KeepsTheTasksApart) {
+  EpisodeIndex index(3);
+  index.Append(Info(1, 0, 5));
+  index.Append(Info(2, 0, 10, EpisodeMode::kTrain, 7));
+  index.Append(Info(2, 10, 10));  // an episode has one task
+  index.Append(Info(3, 0, 2, EpisodeMode::kTrain, 1));
+  EXPECT_EQ(index.task_starts(), (std::map<int, int64_t>{{0, 3}, {7, 18}}));
+  EXPECT_EQ(index.valid_starts(), 21);
+  std::mt19937_64 random(1);
+  EXPECT_EQ(index.SampleTask(1, random), std::nullopt);
+  EXPECT_EQ(index.SampleTask(2, random), std::nullopt);
+  std::set<int64_t> rows;
+  for (int i = 0; i < 1000; ++i) {
+    EXPECT_EQ(index.SampleTask(0, random)->episode_id, 1);
+    const auto sequence = index.SampleTask(7, random);
+    ASSERT_EQ(sequence->episode_id, 2);
+    rows.insert(sequence->first_row);
+  }
+  EXPECT_EQ(rows.size(), 18u);
+  index.Evict({2, 0});
+  index.Evict({2, 10});
+  EXPECT_EQ(index.task_starts(), (std::map<int, int64_t>{{0, 3}}));
+  index.Append(Info(2, 0, 10, EpisodeMode::kTrain, 1));
+  EXPECT_EQ(index.task_starts(), (std::map<int, int64_t>{{0, 3}, {1, 8}}));
+}
+
 TEST(EpisodeIndex, AgreesWithANaiveModel) {
   for (const uint64_t seed : {1, 2, 3, 4, 5, 6}) {
     std::mt19937_64 random(seed);
@@ -171,7 +139,7 @@ TEST(EpisodeIndex, AgreesWithANaiveModel) {
         // Chunks of 7 rows on a grid (the last of an episode shorter), in any order, repeats included.
         const int episode = 1 + below(12), k = below(8);
         const ChunkInfo info = Info(episode, k * 7, k == 7 ? 1 + episode % 7 : 7,
-                                    episode % 5 == 0 ? EpisodeMode::kEvaluate : EpisodeMode::kTrain);
+                                    episode % 5 == 0 ? EpisodeMode::kEvaluate : EpisodeMode::kTrain, episode % 3);
         index.Append(info);
         model.Append(info);
       } else {
@@ -180,9 +148,15 @@ TEST(EpisodeIndex, AgreesWithANaiveModel) {
         model.Evict(key);
       }
       if (step % 10 != 0) continue;
-      ASSERT_NO_FATAL_FAILURE(ExpectEqual(index, model)) << "seed " << seed << " step " << step;
+      ASSERT_NO_FATAL_FAILURE(ExpectSameTotals(index.totals(), model.Totals())) << "seed " << seed << " step " << step;
+      ASSERT_EQ(index.valid_starts(), static_cast<int64_t>(model.Starts().size()));
       EXPECT_EQ(index.OldestBeyond(200, 1500), model.OldestBeyond(200, 1500));
+      const int newest_rows = below(100);
+      EXPECT_EQ(StartsOf(index.NewestStarts(newest_rows)), model.NewestStarts(newest_rows));
       const std::set<Start> starts = model.Starts();
+      std::map<int, int64_t> task_starts;
+      for (const Start& start : starts) ++task_starts[static_cast<int>(start.first % 3)];
+      EXPECT_EQ(index.task_starts(), task_starts);
       for (int i = 0; i < 20 && !starts.empty(); ++i) {
         const auto sequence = index.Sample(random);
         ASSERT_TRUE(sequence.has_value());
@@ -211,15 +185,8 @@ TEST(EpisodeIndex, SamplesEveryStartEquallyOften) {
     const auto sequence = index.Sample(random);
     ++counts[{sequence->episode_id, sequence->first_row}];
   }
-  double chi_square = 0;
-  for (const Start& start : starts) {
-    const double difference = counts[start] - kPerStart;
-    chi_square += difference * difference / kPerStart;
-  }
   EXPECT_EQ(counts.size(), starts.size());
-  // Mean n - 1, standard deviation sqrt(2 (n - 1)): four deviations off is one in ten thousand, and the seed is fixed.
-  const double freedom = static_cast<double>(starts.size()) - 1;
-  EXPECT_LT(chi_square, freedom + 4 * std::sqrt(2 * freedom));
+  ExpectProportional(counts, [&](const Start& start) { return starts.contains(start) ? kPerStart : 0; });
 }
 
 }  // namespace

@@ -2,8 +2,10 @@
 
 #include <fcntl.h>
 #include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 #include <filesystem>
 #include <map>
@@ -11,6 +13,7 @@
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
+#include "absl/cleanup/cleanup.h"
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
@@ -34,6 +37,9 @@ constexpr char kFormat[] = "orrery-replay 1\n";
 constexpr char kSegmentPrefix[] = "segment-";
 constexpr char kSegmentSuffix[] = ".log";
 constexpr char kValuePrefix[] = "value-";
+constexpr char kSnapshot[] = "snapshot";
+constexpr char kFormatFile[] = "format";
+constexpr char kLockFile[] = "lock";
 
 // A small file: a line of its own with numbers and the checksum of the rest, then the rest.
 std::string Seal(absl::string_view first, int64_t a, int64_t b, absl::string_view rest) {
@@ -58,6 +64,11 @@ absl::StatusOr<Unsealed> Unseal(absl::string_view first, const std::string& path
   }
   result.rest = std::string(parts.second);
   return result;
+}
+
+bool IsSegment(absl::string_view name, int64_t& number) {
+  return absl::ConsumePrefix(&name, kSegmentPrefix) && absl::ConsumeSuffix(&name, kSegmentSuffix) &&
+         absl::SimpleAtoi(name, &number);
 }
 
 // Thread-safe. Chunks are read from their segments when asked for; only what an index needs is in memory.
@@ -98,7 +109,7 @@ class FileStore : public Store {
     return absl::StrFormat("%s/%s%09d%s", options_.folder, kSegmentPrefix, number, kSegmentSuffix);
   }
   std::string ValuePath(const std::string& name) const { return absl::StrCat(options_.folder, "/", kValuePrefix, name); }
-  std::string SnapshotPath() const { return options_.folder + "/snapshot"; }
+  std::string SnapshotPath() const { return absl::StrCat(options_.folder, "/", kSnapshot); }
 
   absl::Status LoadSegments(const std::vector<int64_t>& numbers) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Status LoadRecord(int64_t number, RecordType type, absl::string_view head, const SegmentFile::Place& place)
@@ -142,12 +153,12 @@ absl::Status FileStore::Load() {
     if (absl::StrContains(name, ".tmp.")) {
       std::error_code ignored;  // a write that a crash interrupted
       std::filesystem::remove(file.path(), ignored);
-    } else if (absl::ConsumePrefix(&rest, kSegmentPrefix)) {
-      if (absl::ConsumeSuffix(&rest, kSegmentSuffix) && absl::SimpleAtoi(rest, &number)) numbers.push_back(number);
+    } else if (IsSegment(name, number)) {
+      numbers.push_back(number);
     } else if (absl::ConsumePrefix(&rest, kValuePrefix)) {
       ASSIGN_OR_RETURN(Unsealed value, Unseal("value", file.path().string()));
       values_[std::string(rest)] = {std::move(value.rest), value.a};
-    } else if (name == "snapshot") {
+    } else if (name == kSnapshot) {
       ASSIGN_OR_RETURN(const Unsealed snapshot, Unseal("snapshot", file.path().string()));
       snapshot_version_ = {snapshot.a, snapshot.b};
     }
@@ -355,7 +366,7 @@ absl::StatusOr<Store::Snapshot> FileStore::GetSnapshot() {
 
 // Makes the file that tells the format, or checks it.
 absl::Status CheckFormat(const std::string& folder) {
-  const std::string path = folder + "/format";
+  const std::string path = absl::StrCat(folder, "/", kFormatFile);
   const absl::StatusOr<std::string> format = ReadFile(path);
   if (absl::IsNotFound(format.status())) return WriteFileAtomically(path, kFormat);
   RETURN_IF_ERROR(format.status());
@@ -364,20 +375,119 @@ absl::Status CheckFormat(const std::string& folder) {
                                                     "', the folder was made by another one"));
 }
 
+// Holds the folder for this process while the descriptor is open.
+absl::StatusOr<int> Lock(const std::string& folder) {
+  const std::string path = absl::StrCat(folder, "/", kLockFile);
+  const int fd = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
+  if (fd < 0) return absl::UnavailableError(absl::StrCat("cannot open ", path, ": ", std::strerror(errno)));
+  struct stat locked {}, there {};
+  const bool held = flock(fd, LOCK_EX | LOCK_NB) == 0;
+  // A file that was deleted before we had it holds nobody off.
+  if (held && fstat(fd, &locked) == 0 && stat(path.c_str(), &there) == 0 && locked.st_ino == there.st_ino) return fd;
+  close(fd);
+  return absl::FailedPreconditionError(absl::StrCat("replay data in ", folder, " is open in another process"));
+}
+
+bool Exists(const std::filesystem::path& path) {
+  std::error_code ignored;
+  return std::filesystem::exists(path, ignored);
+}
+
+// The segments in the folder, by number.
+absl::StatusOr<std::map<int64_t, std::string>> Segments(const std::string& folder) {
+  std::map<int64_t, std::string> segments;
+  std::error_code error;
+  for (const auto& file : std::filesystem::directory_iterator(folder, error)) {
+    int64_t number = 0;
+    if (IsSegment(file.path().filename().string(), number)) segments[number] = file.path().string();
+  }
+  if (error) return absl::UnavailableError(absl::StrCat("cannot list ", folder, ": ", error.message()));
+  return segments;
+}
+
+// Without the lock: a segment may go away meanwhile, and the newest may end in the middle of a record.
+absl::Status Count(const std::string& folder, DataSetSummary& summary) {
+  ASSIGN_OR_RETURN(const auto segments, Segments(folder));
+  std::map<ChunkKey, int64_t> bytes;
+  absl::Status status;
+  for (const auto& [number, path] : segments) {
+    const auto visit = [&bytes](RecordType type, absl::string_view head, const SegmentFile::Place& place) {
+      if (type == RecordType::kEvict) {
+        const absl::StatusOr<ChunkKey> key = ParseKeyText(head);
+        if (key.ok()) bytes.erase(*key);
+        return key.status();
+      }
+      const absl::StatusOr<ChunkInfo> info = ParseInfoText(head.substr(0, head.find('\n')));
+      if (info.ok()) bytes[info->key] = place.bytes;
+      return info.status();
+    };
+    status = SegmentFile::Open(path, /*newest=*/false, visit).status();
+    const bool newest = number == segments.rbegin()->first;
+    const bool torn = newest && (absl::IsDataLoss(status) || absl::IsOutOfRange(status));
+    if (torn || !Exists(path)) status = absl::OkStatus();
+    if (!status.ok()) break;
+  }
+  for (const auto& [key, size] : bytes) summary.bytes += size;
+  summary.chunks = static_cast<int64_t>(bytes.size());
+  return status;
+}
+
+// The files that the store makes, other than those by which a data set is known and locked.
+bool IsContents(absl::string_view name) {
+  return absl::StartsWith(name, kSegmentPrefix) || absl::StartsWith(name, kValuePrefix) || name == kSnapshot ||
+         absl::StrContains(name, ".tmp.");
+}
+
+absl::Status RemoveFile(const std::filesystem::path& path) {
+  std::error_code error;
+  std::filesystem::remove(path, error);
+  return error ? absl::UnavailableError(absl::StrCat("cannot delete ", path.string(), ": ", error.message())) : absl::OkStatus();
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Store>> OpenFileStore(const FileStoreOptions& options, Clock& clock) {
   RETURN_IF_ERROR(MakeDirectory(options.folder));
-  const std::string lock_path = options.folder + "/lock";
-  const int lock_fd = open(lock_path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
-  if (lock_fd < 0) return absl::UnavailableError(absl::StrCat("cannot open ", lock_path, ": ", std::strerror(errno)));
+  ASSIGN_OR_RETURN(const int lock_fd, Lock(options.folder));
   auto store = std::make_unique<FileStore>(options, lock_fd, clock);
-  if (flock(lock_fd, LOCK_EX | LOCK_NB) != 0) {
-    return absl::FailedPreconditionError(absl::StrCat("replay data in ", options.folder, " is open in another process"));
-  }
   RETURN_IF_ERROR(CheckFormat(options.folder));
   RETURN_IF_ERROR(store->Load());
   return store;
+}
+
+absl::StatusOr<std::vector<DataSetSummary>> ListFileDataSets(const std::string& parent) {
+  std::vector<DataSetSummary> summaries;
+  std::error_code error;
+  for (const auto& folder : std::filesystem::directory_iterator(parent, error)) {
+    if (!Exists(folder.path() / kFormatFile)) continue;
+    DataSetSummary summary{folder.path().filename().string()};
+    const absl::Status status = Count(folder.path().string(), summary);
+    if (!status.ok()) LogWarning("cannot count data set={}: {}", summary.run, status.ToString());
+    summaries.push_back(std::move(summary));
+  }
+  if (error) return absl::NotFoundError(absl::StrCat("cannot list ", parent, ": ", error.message()));
+  std::sort(summaries.begin(), summaries.end(), [](const auto& a, const auto& b) { return a.run < b.run; });
+  return summaries;
+}
+
+// The format file goes after all contents: what was interrupted can be done again.
+absl::Status DeleteFileDataSet(const std::string& folder) {
+  const std::filesystem::path path(folder);
+  if (!Exists(path / kFormatFile)) return absl::NotFoundError(absl::StrCat("there is no data set in ", folder));
+  ASSIGN_OR_RETURN(const int lock_fd, Lock(folder));
+  absl::Cleanup closer = [lock_fd] { close(lock_fd); };
+  RETURN_IF_ERROR(CheckFormat(folder));
+  std::vector<std::filesystem::path> contents;
+  std::error_code error;
+  for (const auto& file : std::filesystem::directory_iterator(path, error)) {
+    if (IsContents(file.path().filename().string())) contents.push_back(file.path());
+  }
+  if (error) return absl::UnavailableError(absl::StrCat("cannot list ", folder, ": ", error.message()));
+  contents.push_back(path / kFormatFile);
+  contents.push_back(path / kLockFile);
+  for (const std::filesystem::path& file : contents) RETURN_IF_ERROR(RemoveFile(file));
+  std::filesystem::remove(path, error);  // not empty: there are files of others in it
+  return absl::OkStatus();
 }
 
 }  // namespace orrery

@@ -3,6 +3,7 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "libs/base/clock.h"
@@ -20,5 +21,12 @@ struct FileStoreOptions {
 // incomplete is cut off. FAILED_PRECONDITION: another process has it open, or another format version made it. DATA_LOSS
 // names the damaged file and the place. `clock` must outlive the store.
 absl::StatusOr<std::unique_ptr<Store>> OpenFileStore(const FileStoreOptions& options, Clock& clock = Clock::Real());
+
+// The data sets in the folders of `parent`, as ListDataSets of store.h. Changes nothing. One that cannot be read is listed all the
+// same, with what could be counted and a warning in the log.
+absl::StatusOr<std::vector<DataSetSummary>> ListFileDataSets(const std::string& parent);
+// Removes the data set in `folder`, and the folder unless there are other files in it. NOT_FOUND: there is none.
+// FAILED_PRECONDITION: a process has it open, or another format version made it.
+absl::Status DeleteFileDataSet(const std::string& folder);
 
 }  // namespace orrery

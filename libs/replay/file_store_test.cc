@@ -208,6 +208,62 @@ TEST_F(FileStoreTest, IsForOneProcessAtATime) {
   EXPECT_THAT(TryOpen(), StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("open in another process")));
 }
 
+TEST_F(FileStoreTest, IsListedWithoutBeingChanged) {
+  {
+    ASSERT_OK_AND_ASSIGN(const auto store, OpenFileStore({.folder = folder_ / "b", .segment_bytes = 1000}));
+    for (int i = 1; i <= 9; ++i) ASSERT_OK(store->Append(MakeChunk(i, 0, 10, std::string(300, 'p'))));
+    ASSERT_OK(store->Evict({{1, 0}, {2, 0}}));
+  }
+  ASSERT_OK_AND_ASSIGN(const auto open, OpenFileStore({.folder = folder_ / "a"}));
+  ASSERT_OK(open->Append(MakeChunk(1, 0)));
+  std::filesystem::create_directory(folder_ / "foreign");
+  Replace("file", "");
+  const auto list = [&] { return ListFileDataSets(folder_.path()); };
+  const DataSetSummary a{"a", 1, 7};
+  EXPECT_THAT(list(), IsOkAndHolds(::testing::ElementsAre(a, DataSetSummary{"b", 7, 2100})));
+  // The newest segment ends with evictions; a record that a crash left incomplete is passed over, and stays.
+  const std::string newest = "b/segment-000000003.log";
+  const std::string torn = Contents(newest) + "an incomplete record";
+  Replace(newest, torn);
+  EXPECT_THAT(list(), IsOkAndHolds(::testing::ElementsAre(a, DataSetSummary{"b", 7, 2100})));
+  EXPECT_EQ(Contents(newest), torn);
+  Replace(newest, "ORS");
+  EXPECT_THAT(list(), IsOkAndHolds(::testing::ElementsAre(a, DataSetSummary{"b", 6, 1800})));
+  // Damage before that: what was counted until then.
+  std::string damaged = Contents("b/segment-000000002.log");
+  damaged[12] = 'X';
+  Replace("b/segment-000000002.log", damaged);
+  EXPECT_THAT(list(), IsOkAndHolds(::testing::ElementsAre(a, DataSetSummary{"b", 3, 900})));
+}
+
+TEST_F(FileStoreTest, DeletesWhatItMadeAndNothingElse) {
+  const auto not_there = StatusIs(absl::StatusCode::kNotFound, HasSubstr("there is no data set in " + folder_.path()));
+  EXPECT_THAT(DeleteFileDataSet(folder_.path()), not_there);
+  {
+    const auto store = Open(1);
+    for (int i = 1; i <= 3; ++i) ASSERT_OK(store->Append(MakeChunk(i, 0)));
+    ASSERT_OK(store->CompareAndSet("run", 0, "state"));
+    ASSERT_OK(store->PutSnapshot({{1, 1}, "file"}));
+    EXPECT_THAT(DeleteFileDataSet(folder_.path()),
+                StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("open in another process")));
+    EXPECT_EQ(Live(*store).size(), 3u);
+  }
+  Replace("notes.txt", "of a person");
+  Replace("format", "orrery-replay 2\n");
+  EXPECT_THAT(DeleteFileDataSet(folder_.path()), StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("orrery-replay 1")));
+  EXPECT_EQ(Segments().size(), 3u);
+  Replace("format", "orrery-replay 1\n");
+  ASSERT_OK(DeleteFileDataSet(folder_.path()));
+  std::vector<std::string> left;
+  for (const auto& file : std::filesystem::directory_iterator(folder_.path())) left.push_back(file.path().filename().string());
+  EXPECT_THAT(left, ::testing::ElementsAre("notes.txt"));
+  EXPECT_THAT(DeleteFileDataSet(folder_.path()), not_there);
+  std::filesystem::remove(folder_ / "notes.txt");
+  EXPECT_TRUE(Live(*Open()).empty());
+  ASSERT_OK(DeleteFileDataSet(folder_.path()));
+  EXPECT_FALSE(std::filesystem::exists(folder_.path()));
+}
+
 TEST_F(FileStoreTest, NamesAFolderThatCannotBe) {
   Replace("file", "");
   EXPECT_THAT(OpenFileStore({.folder = folder_ / "file/below"}).status().message(), HasSubstr("file/below"));

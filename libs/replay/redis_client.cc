@@ -1,198 +1,49 @@
 #include "libs/replay/redis_client.h"
 
-#include <hiredis.h>
+#include <poll.h>
 
 #include <algorithm>
-#include <cerrno>
-#include <csignal>
+#include <numeric>
+#include <optional>
 #include <utility>
 
 #include "absl/strings/match.h"
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/strip.h"
+#include "absl/time/clock.h"
 #include "libs/base/status.h"
+#include "libs/replay/redis_slots.h"
 
 namespace orrery {
 namespace {
 
-constexpr size_t kMaxIdle = 16;
+constexpr absl::Duration kShortPause = absl::Milliseconds(5);
+constexpr absl::Duration kLongPause = absl::Milliseconds(100);
+constexpr char kScanBatch[] = "1000";
 
-// hiredis writes with write(), which raises SIGPIPE when Redis has gone away.
-void IgnoreSigpipe() {
-  struct sigaction action {};
-  if (sigaction(SIGPIPE, nullptr, &action) == 0 && action.sa_handler == SIG_DFL) signal(SIGPIPE, SIG_IGN);
+// The key that decides which node gets a command. One without a key may go to any node.
+absl::string_view KeyOf(const RedisCommand& command) {
+  const size_t at = absl::StartsWith(command[0], "EVAL") ? 3 : 1;
+  return command.size() > at ? absl::string_view(command[at]) : absl::string_view();
 }
-
-absl::StatusOr<std::string> PercentDecode(absl::string_view text) {
-  std::string out;
-  for (size_t i = 0; i < text.size(); ++i) {
-    if (text[i] != '%') {
-      out += text[i];
-      continue;
-    }
-    uint32_t value = 0;
-    if (i + 2 >= text.size() || !absl::SimpleHexAtoi(text.substr(i + 1, 2), &value)) {
-      return absl::InvalidArgumentError("user or password of a redis:// location: '%' must be followed by two hexadecimal digits");
-    }
-    out += static_cast<char>(value);
-    i += 2;
-  }
-  return out;
-}
-
-RedisReply Convert(const redisReply& r) {
-  RedisReply reply;
-  switch (r.type) {
-    case REDIS_REPLY_INTEGER:
-      reply.kind = RedisReply::Kind::kInteger;
-      reply.integer = r.integer;
-      break;
-    case REDIS_REPLY_STRING:
-    case REDIS_REPLY_STATUS:
-    case REDIS_REPLY_ERROR:
-      reply.kind = r.type == REDIS_REPLY_ERROR ? RedisReply::Kind::kError : RedisReply::Kind::kString;
-      reply.text.assign(r.str, r.len);
-      break;
-    case REDIS_REPLY_ARRAY:
-      reply.kind = RedisReply::Kind::kArray;
-      for (size_t i = 0; i < r.elements; ++i) reply.elements.push_back(Convert(*r.element[i]));
-      break;
-    default:
-      break;
-  }
-  return reply;
-}
-
-timeval Timeout(absl::Duration d) { return absl::ToTimeval(std::max(d, absl::Milliseconds(1))); }
 
 }  // namespace
 
-absl::StatusOr<RedisAddress> ParseRedisUrl(absl::string_view url) {
-  absl::string_view rest = url;
-  RedisAddress address;
-  const auto refuse = [] {
-    return absl::InvalidArgumentError("location of Redis: expected redis://[user:password@]HOST:PORT");
-  };
-  if (!absl::ConsumePrefix(&rest, "redis://")) return refuse();
-  absl::ConsumeSuffix(&rest, "/");
-  const size_t at = rest.rfind('@');
-  if (at != absl::string_view::npos) {
-    const absl::string_view login = rest.substr(0, at);
-    const size_t colon = login.find(':');
-    if (colon == absl::string_view::npos) return refuse();
-    ASSIGN_OR_RETURN(address.user, PercentDecode(login.substr(0, colon)));
-    ASSIGN_OR_RETURN(address.password, PercentDecode(login.substr(colon + 1)));
-    rest.remove_prefix(at + 1);
+struct RedisClient::Call {
+  const std::vector<RedisCommand>& commands;
+  const bool repeatable;
+  const absl::Time deadline;
+  std::vector<RedisReply> replies;
+  std::vector<size_t> open;  // commands that have no reply yet
+  absl::Status problem;      // why
+
+  void Postpone(size_t index, absl::Status status) {
+    open.push_back(index);
+    problem = std::move(status);
   }
-  const size_t colon = rest.rfind(':');
-  if (colon == absl::string_view::npos || !absl::SimpleAtoi(rest.substr(colon + 1), &address.port)) return refuse();
-  absl::string_view host = rest.substr(0, colon);
-  if (absl::ConsumePrefix(&host, "[") && !absl::ConsumeSuffix(&host, "]")) return refuse();
-  if (host.empty() || address.port < 1 || address.port > 65535) return refuse();
-  address.host = std::string(host);
-  return address;
-}
-
-// One connection, for one thread at a time.
-class RedisConnection {
- public:
-  static absl::StatusOr<std::unique_ptr<RedisConnection>> Open(const RedisAddress& address, absl::Duration timeout) {
-    const std::string name = absl::StrCat("Redis at ", address.host, ":", address.port);
-    std::unique_ptr<RedisConnection> connection(
-        new RedisConnection(name, redisConnectWithTimeout(address.host.c_str(), address.port, Timeout(timeout))));
-    if (connection->context_ == nullptr) return absl::ResourceExhaustedError(name + ": no memory for a connection");
-    if (connection->context_->err != 0) return connection->Broken("cannot connect");
-    redisEnableKeepAlive(connection->context_.get());
-    return connection;
-  }
-
-  // Replies in order, error replies among them. UNAVAILABLE: the connection is of no more use.
-  absl::StatusOr<std::vector<RedisReply>> Run(const std::vector<RedisCommand>& commands, absl::Duration timeout) {
-    if (timeout != timeout_) {
-      if (redisSetTimeout(context_.get(), Timeout(timeout)) != REDIS_OK) return Broken("cannot set a timeout");
-      timeout_ = timeout;
-    }
-    for (const RedisCommand& command : commands) {
-      std::vector<const char*> words;
-      std::vector<size_t> sizes;
-      for (const std::string& word : command) {
-        words.push_back(word.data());
-        sizes.push_back(word.size());
-      }
-      redisAppendCommandArgv(context_.get(), static_cast<int>(words.size()), words.data(), sizes.data());
-    }
-    std::vector<RedisReply> replies;
-    for (size_t i = 0; i < commands.size(); ++i) {
-      void* raw = nullptr;
-      errno = 0;
-      if (redisGetReply(context_.get(), &raw) != REDIS_OK || raw == nullptr) {
-        timed_out_ = errno == EAGAIN || errno == EWOULDBLOCK;
-        return Broken(timed_out_ ? absl::StrCat("no answer in ", absl::FormatDuration(timeout)) : "connection lost");
-      }
-      replies.push_back(Convert(*static_cast<redisReply*>(raw)));
-      freeReplyObject(raw);
-    }
-    return replies;
-  }
-
-  bool timed_out() const { return timed_out_; }
-
- private:
-  RedisConnection(std::string name, redisContext* context) : name_(std::move(name)), context_(context, redisFree) {}
-  absl::Status Broken(absl::string_view what) const {
-    return absl::UnavailableError(absl::StrCat(name_, ": ", what, timed_out_ ? "" : ": ", timed_out_ ? "" : context_->errstr));
-  }
-
-  const std::string name_;
-  const std::unique_ptr<redisContext, void (*)(redisContext*)> context_;
-  absl::Duration timeout_ = absl::ZeroDuration();
-  bool timed_out_ = false;
 };
 
-RedisClient::RedisClient(RedisAddress address, absl::Duration timeout) : address_(std::move(address)), timeout_(timeout) {
-  IgnoreSigpipe();
-}
+RedisClient::RedisClient(RedisLocation location, absl::Duration timeout) : timeout_(timeout), nodes_(std::move(location)) {}
 RedisClient::~RedisClient() = default;
-
-absl::Status RedisClient::ErrorStatus(absl::string_view error) const {
-  const std::string message = absl::StrCat("Redis at ", address_.host, ":", address_.port, ": ", error);
-  // In Redis 6 an error inside a script comes with other words before it.
-  if (absl::StartsWith(error, "OOM ") || absl::StrContains(error, "-OOM ")) return absl::ResourceExhaustedError(message);
-  for (const char* word : {"LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "BUSY ", "MISCONF", "NOREPLICAS",
-                           "ERR max number of clients"}) {
-    if (absl::StartsWith(error, word)) return absl::UnavailableError(message);
-  }
-  for (const char* word : {"NOAUTH", "WRONGPASS", "NOPERM", "ERR AUTH", "ERR invalid password"}) {
-    if (absl::StartsWith(error, word)) return absl::PermissionDeniedError(message);
-  }
-  return absl::FailedPreconditionError(message);
-}
-
-absl::StatusOr<std::unique_ptr<RedisConnection>> RedisClient::Take(bool& was_idle) {
-  {
-    absl::MutexLock lock(&mu_);
-    was_idle = !idle_.empty();
-    if (was_idle) {
-      std::unique_ptr<RedisConnection> connection = std::move(idle_.back());
-      idle_.pop_back();
-      return connection;
-    }
-  }
-  ASSIGN_OR_RETURN(std::unique_ptr<RedisConnection> connection, RedisConnection::Open(address_, timeout_));
-  if (!address_.password.empty()) {
-    RedisCommand auth = {"AUTH", address_.user, address_.password};
-    if (address_.user.empty()) auth.erase(auth.begin() + 1);
-    ASSIGN_OR_RETURN(const std::vector<RedisReply> replies, connection->Run({auth}, timeout_));
-    if (replies[0].kind == RedisReply::Kind::kError) return ErrorStatus(replies[0].text);
-  }
-  return connection;
-}
-
-void RedisClient::GiveBack(std::unique_ptr<RedisConnection> connection) {
-  absl::MutexLock lock(&mu_);
-  if (idle_.size() < kMaxIdle) idle_.push_back(std::move(connection));
-}
 
 absl::StatusOr<std::string> RedisClient::LoadScript(const std::string& source) {
   ASSIGN_OR_RETURN(const RedisReply reply, RunOne({"SCRIPT", "LOAD", source}));
@@ -208,49 +59,227 @@ RedisCommand RedisClient::Script(const std::string& sha, absl::Span<const std::s
   return command;
 }
 
-absl::Status RedisClient::RunForgottenScripts(RedisConnection& connection, const std::vector<RedisCommand>& commands,
-                                              std::vector<RedisReply>& replies, absl::Duration timeout) {
+absl::StatusOr<std::vector<RedisReply>> RedisClient::Run(const std::vector<RedisCommand>& commands, bool repeatable) {
+  Call call{commands, repeatable, absl::Now() + timeout_, std::vector<RedisReply>(commands.size()), {}, {}};
+  call.open.resize(commands.size());
+  std::iota(call.open.begin(), call.open.end(), size_t{0});
+  for (absl::Duration pause;; pause = std::clamp(pause * 2, kShortPause, kLongPause)) {
+    RETURN_IF_ERROR(Try(call));
+    if (call.open.empty()) return std::move(call.replies);
+    // A go without time to be answered would only hide why the others failed.
+    if (!nodes_.cluster() || absl::Now() + pause >= call.deadline - timeout_ / 10) return call.problem;
+    absl::SleepFor(pause);
+  }
+}
+
+absl::StatusOr<RedisReply> RedisClient::RunOne(RedisCommand command, bool repeatable) {
+  ASSIGN_OR_RETURN(std::vector<RedisReply> replies, Run({std::move(command)}, repeatable));
+  return std::move(replies[0]);
+}
+
+absl::Status RedisClient::Try(Call& call) {
+  std::map<std::shared_ptr<RedisPool>, std::vector<size_t>> by_node;
+  for (const size_t index : call.open) {
+    absl::StatusOr<std::shared_ptr<RedisPool>> owner = nodes_.Owner(KeyOf(call.commands[index]), call.deadline);
+    if (!owner.ok()) {
+      // What a node said of the command tells more than that it cannot be asked where else to go.
+      if (call.problem.ok()) call.problem = owner.status();
+      return absl::IsUnavailable(owner.status()) ? absl::OkStatus() : owner.status();
+    }
+    by_node[*std::move(owner)].push_back(index);
+  }
+  call.open.clear();
+  for (const auto& [pool, indices] : by_node) RETURN_IF_ERROR(TryAt(*pool, indices, call));
+  return absl::OkStatus();
+}
+
+absl::Status RedisClient::TryAt(RedisPool& pool, const std::vector<size_t>& indices, Call& call) {
+  std::vector<const RedisCommand*> commands;
+  for (const size_t index : indices) commands.push_back(&call.commands[index]);
+  bool sent = false;
+  absl::StatusOr<std::vector<RedisReply>> replies = Exchange(pool, commands, call.repeatable, call.deadline, sent);
+  if (!replies.ok()) {
+    nodes_.Forget();
+    if ((sent && !call.repeatable) || !absl::IsUnavailable(replies.status())) return replies.status();
+    for (const size_t index : indices) call.Postpone(index, replies.status());
+    return absl::OkStatus();
+  }
+  for (size_t i = 0; i < indices.size(); ++i) {
+    RETURN_IF_ERROR(Accept(pool.endpoint(), indices[i], std::move((*replies)[i]), /*asked=*/false, call));
+  }
+  return absl::OkStatus();
+}
+
+// While a slot moves, a node answers for keys that have not arrived yet only if it is told that we were sent there.
+absl::Status RedisClient::TryElsewhere(RedisPool& pool, size_t index, Call& call) {
+  static const RedisCommand kAsking = {"ASKING"};
+  bool sent = false;
+  absl::StatusOr<std::vector<RedisReply>> replies =
+      Exchange(pool, {&kAsking, &call.commands[index]}, call.repeatable, call.deadline, sent);
+  if (!replies.ok()) {
+    nodes_.Forget();
+    if ((sent && !call.repeatable) || !absl::IsUnavailable(replies.status())) return replies.status();
+    call.Postpone(index, replies.status());
+    return absl::OkStatus();
+  }
+  return Accept(pool.endpoint(), index, std::move((*replies)[1]), /*asked=*/true, call);
+}
+
+absl::Status RedisClient::Accept(const RedisEndpoint& from, size_t index, RedisReply reply, bool asked, Call& call) {
+  if (reply.kind != RedisReply::Kind::kError) {
+    call.replies[index] = std::move(reply);
+    return absl::OkStatus();
+  }
+  const std::optional<RedisRedirect> redirect =
+      nodes_.cluster() ? ParseRedisRedirect(reply.text, from) : std::optional<RedisRedirect>();
+  if (redirect.has_value()) {
+    if (redirect->ask && !asked) return TryElsewhere(*nodes_.At(redirect->to), index, call);
+    nodes_.Forget(redirect->to);
+    call.Postpone(index, absl::UnavailableError(absl::StrCat("Redis at ", EndpointText(from), ": ", reply.text)));
+    return absl::OkStatus();
+  }
+  absl::Status status = RedisErrorStatus(from, reply.text);
+  if (!absl::IsUnavailable(status)) return status;
+  nodes_.Forget();
+  call.Postpone(index, std::move(status));
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::vector<RedisReply>> RedisClient::Exchange(RedisPool& pool, absl::Span<const RedisCommand* const> commands,
+                                                              bool repeatable, absl::Time deadline, bool& sent) {
+  for (int attempt = 0;; ++attempt) {
+    bool was_idle = false;
+    ASSIGN_OR_RETURN(std::unique_ptr<RedisConnection> connection, pool.Take(deadline, was_idle));
+    sent = true;
+    absl::StatusOr<std::vector<RedisReply>> replies = connection->Run(commands, deadline);
+    if (replies.ok()) {
+      RETURN_IF_ERROR(RunUnknownScripts(*connection, commands, *replies, deadline));
+      pool.GiveBack(std::move(connection));
+      return replies;
+    }
+    pool.Clear();
+    if (!was_idle || !repeatable || connection->timed_out() || attempt > 0) return replies.status();
+  }
+}
+
+absl::Status RedisClient::RunUnknownScripts(RedisConnection& connection, absl::Span<const RedisCommand* const> commands,
+                                            std::vector<RedisReply>& replies, absl::Time deadline) {
   for (size_t i = 0; i < replies.size(); ++i) {
     if (replies[i].kind != RedisReply::Kind::kError || !absl::StartsWith(replies[i].text, "NOSCRIPT")) continue;
-    RedisCommand eval = commands[i];
+    RedisCommand eval = *commands[i];
     {
       absl::MutexLock lock(&mu_);
       eval[0] = "EVAL";
       eval[1] = scripts_[eval[1]];
     }
-    ASSIGN_OR_RETURN(std::vector<RedisReply> again, connection.Run({eval}, timeout));
-    replies[i] = std::move(again[0]);
+    std::vector<const RedisCommand*> again = {&eval};
+    if (i > 0 && commands[i - 1]->front() == "ASKING") again.insert(again.begin(), commands[i - 1]);
+    ASSIGN_OR_RETURN(std::vector<RedisReply> answers, connection.Run(again, deadline));
+    replies[i] = std::move(answers.back());
   }
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::vector<RedisReply>> RedisClient::Run(const std::vector<RedisCommand>& commands, bool repeatable,
-                                                         absl::Duration wait) {
-  for (int attempt = 0;; ++attempt) {
-    bool was_idle = false;
-    ASSIGN_OR_RETURN(std::unique_ptr<RedisConnection> connection, Take(was_idle));
-    absl::StatusOr<std::vector<RedisReply>> replies = connection->Run(commands, timeout_ + wait);
-    if (replies.ok()) {
-      const absl::Status status = RunForgottenScripts(*connection, commands, *replies, timeout_ + wait);
-      if (!status.ok()) return status;
-      GiveBack(std::move(connection));
-      for (const RedisReply& reply : *replies) {
-        if (reply.kind == RedisReply::Kind::kError) return ErrorStatus(reply.text);
+absl::Status RedisClient::Scan(const std::string& pattern, const KeyVisitor& visit) {
+  ASSIGN_OR_RETURN(const auto primaries, nodes_.Primaries(absl::Now() + timeout_));
+  for (const std::shared_ptr<RedisPool>& pool : primaries) {
+    std::string cursor = "0";
+    do {
+      const RedisCommand command = {"SCAN", cursor, "MATCH", pattern, "COUNT", kScanBatch};
+      bool sent = false;
+      ASSIGN_OR_RETURN(const auto replies, Exchange(*pool, {&command}, /*repeatable=*/true, absl::Now() + timeout_, sent));
+      const RedisReply& reply = replies[0];
+      if (reply.kind == RedisReply::Kind::kError) return RedisErrorStatus(pool->endpoint(), reply.text);
+      if (reply.elements.size() != 2) {
+        return absl::DataLossError(absl::StrCat("Redis at ", EndpointText(pool->endpoint()), " answers SCAN with something else"));
       }
-      return replies;
-    }
-    {
-      // If one idle connection is dead (Redis was restarted), so are the others.
-      absl::MutexLock lock(&mu_);
-      idle_.clear();
-    }
-    if (!was_idle || !repeatable || connection->timed_out() || attempt > 0) return replies.status();
+      cursor = reply.elements[0].text;
+      std::vector<std::string> keys;
+      for (const RedisReply& key : reply.elements[1].elements) keys.push_back(key.text);
+      if (!keys.empty()) RETURN_IF_ERROR(visit(keys));
+    } while (cursor != "0");
   }
+  return absl::OkStatus();
 }
 
-absl::StatusOr<RedisReply> RedisClient::RunOne(RedisCommand command, bool repeatable, absl::Duration wait) {
-  ASSIGN_OR_RETURN(std::vector<RedisReply> replies, Run({std::move(command)}, repeatable, wait));
-  return std::move(replies[0]);
+// Redis waits on streams of one slot at a time, so in a cluster each has a connection of its own. Those that were not answered
+// are kept, still waiting, for the next call: no change can slip through, and connections are not made again and again.
+absl::Status RedisClient::Await(absl::Span<const StreamPosition> streams, absl::Duration wait) {
+  const absl::Time deadline = absl::Now() + wait;
+  const size_t group = nodes_.cluster() ? 1 : std::max<size_t>(1, streams.size());
+  std::vector<std::pair<std::string, Watch>> watches;
+  std::vector<pollfd> polled;
+  for (size_t i = 0; i < streams.size(); i += group) {
+    ASSIGN_OR_RETURN(Watch watch, StartWatch(streams.subspan(i, group), wait));
+    polled.push_back({watch.connection->fd(), POLLIN, 0});
+    watches.emplace_back(streams[i].key, std::move(watch));
+  }
+  const absl::Duration limit = std::clamp(absl::Ceil(wait, absl::Milliseconds(1)), absl::Milliseconds(1), absl::Hours(1));
+  if (poll(polled.data(), polled.size(), static_cast<int>(absl::ToInt64Milliseconds(limit))) <= 0) {
+    for (pollfd& p : polled) p.revents = 0;
+  }
+  bool pause = false;
+  for (size_t i = 0; i < watches.size(); ++i) {
+    if (polled[i].revents == 0) {
+      absl::MutexLock lock(&mu_);
+      watches_.insert_or_assign(watches[i].first, std::move(watches[i].second));
+    } else {
+      ASSIGN_OR_RETURN(const bool told, EndWatch(std::move(watches[i].second)));
+      pause = pause || !told;
+    }
+  }
+  if (pause) absl::SleepFor(std::min(kLongPause, deadline - absl::Now()));
+  return absl::OkStatus();
+}
+
+absl::StatusOr<RedisClient::Watch> RedisClient::StartWatch(absl::Span<const StreamPosition> streams, absl::Duration wait) {
+  const absl::Time now = absl::Now();
+  ASSIGN_OR_RETURN(const std::shared_ptr<RedisPool> pool, nodes_.Owner(streams[0].key, now + timeout_));
+  Watch watch;
+  {
+    absl::MutexLock lock(&mu_);
+    const auto kept = watches_.find(streams[0].key);
+    if (kept != watches_.end()) {
+      watch = std::move(kept->second);
+      watches_.erase(kept);
+    }
+  }
+  if (watch.connection != nullptr && watch.pool == pool && now < watch.expires + timeout_) {
+    pollfd polled = {watch.connection->fd(), POLLIN, 0};
+    if (poll(&polled, 1, 0) == 0) return watch;
+    // Answered since: about entries that the caller has seen by now, or in vain.
+    if (!watch.connection->Receive(now + timeout_).ok()) watch.connection.reset();
+  } else {
+    watch.connection.reset();
+  }
+  bool was_idle = false;
+  if (watch.connection == nullptr) {
+    ASSIGN_OR_RETURN(watch.connection, pool->Take(now + timeout_, was_idle));
+  }
+  watch.pool = pool;
+  watch.expires = now + wait;
+  const int64_t block = std::max<int64_t>(1, absl::ToInt64Milliseconds(wait));
+  RedisCommand command = {"XREAD", "COUNT", "1", "BLOCK", absl::StrCat(block), "STREAMS"};
+  for (const StreamPosition& stream : streams) command.push_back(stream.key);
+  for (const StreamPosition& stream : streams) command.push_back(stream.id);
+  RETURN_IF_ERROR(watch.connection->Send(command, now + timeout_));
+  return watch;
+}
+
+absl::StatusOr<bool> RedisClient::EndWatch(Watch watch) {
+  const absl::StatusOr<RedisReply> reply = watch.connection->Receive(absl::Now() + timeout_);
+  if (!reply.ok()) {
+    watch.pool->Clear();
+    nodes_.Forget();
+    return false;
+  }
+  const RedisEndpoint& endpoint = watch.pool->endpoint();
+  watch.pool->GiveBack(std::move(watch.connection));
+  if (reply->kind != RedisReply::Kind::kError) return true;
+  const absl::Status status = RedisErrorStatus(endpoint, reply->text);
+  if (!absl::IsUnavailable(status) && !(nodes_.cluster() && ParseRedisRedirect(reply->text, endpoint).has_value())) return status;
+  nodes_.Forget();
+  return false;
 }
 
 }  // namespace orrery

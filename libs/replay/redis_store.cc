@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -11,10 +12,13 @@
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
+#include "absl/strings/strip.h"
 #include "absl/time/clock.h"
+#include "libs/base/log.h"
 #include "libs/base/status.h"
 #include "libs/replay/chunk_text.h"
 #include "libs/replay/redis_client.h"
+#include "libs/replay/redis_slots.h"
 
 namespace orrery {
 namespace {
@@ -24,10 +28,15 @@ constexpr int kMaxPartitions = 1024;
 // Chunks of one pipeline or script: bounds the memory of replies and the time that Redis serves nobody else.
 constexpr size_t kReadBatch = 32;
 constexpr size_t kEvictBatch = 256;
+constexpr size_t kListBatch = 10000;
+// A data set that still grows while it is deleted for the third time is in use.
+constexpr int kDeletePasses = 3;
+constexpr char kKeyPrefix[] = "orrery:{";
+constexpr char kDataSetSuffix[] = "}:data_set";
 
-// KEYS: data set. ARGV: schema, partitions, generation.
+// KEYS: data set. ARGV: schema, partitions (0: do not make it), generation.
 constexpr char kOpenScript[] = R"(
-if redis.call('EXISTS', KEYS[1]) == 0 then
+if redis.call('EXISTS', KEYS[1]) == 0 and ARGV[2] ~= '0' then
   redis.call('HSET', KEYS[1], 'schema', ARGV[1], 'partitions', ARGV[2], 'generation', ARGV[3])
 end
 return redis.call('HMGET', KEYS[1], 'schema', 'partitions', 'generation'))";
@@ -86,6 +95,9 @@ if kept and kept >= ARGV[1] then return 0 end
 redis.call('HSET', KEYS[1], 'order', ARGV[1], 'generation', ARGV[2], 'counter', ARGV[3], 'file', ARGV[4])
 return 1)";
 
+// KEYS: data set. All replicas ask the node that has this key, so that they see one clock.
+constexpr char kTimeScript[] = "return redis.call('TIME')";
+
 // Where a reader is: in the log of each partition, and while it still lists the live chunks, the last one listed.
 struct Cursor {
   std::vector<int64_t> positions;
@@ -95,10 +107,12 @@ struct Cursor {
 // Thread-safe (the client is, the rest is constant).
 class RedisStore : public Store {
  public:
-  explicit RedisStore(const StoreOptions& options, RedisAddress address)
-      : run_(options.run), log_length_(absl::StrCat(options.change_log_length)), client_(std::move(address), options.timeout) {}
+  RedisStore(const StoreOptions& options, RedisLocation location)
+      : run_(options.run), log_length_(absl::StrCat(options.change_log_length)), client_(std::move(location), options.timeout) {}
 
+  // With 0 partitions an existing data set is opened, or it is NOT_FOUND.
   absl::Status Open(int partitions);
+  absl::Status Count(DataSetSummary& summary);
 
   absl::Status Append(const Chunk& chunk) override;
   absl::StatusOr<std::vector<std::optional<Chunk>>> Read(absl::Span<const ChunkKey> keys) override;
@@ -112,11 +126,11 @@ class RedisStore : public Store {
 
  private:
   int PartitionOf(const ChunkKey& key) const { return static_cast<int>(key.episode_id % partitions_); }
-  std::string PartitionKey(int p, absl::string_view name) const { return absl::StrCat("orrery:{", run_, ":", p, "}:", name); }
+  std::string PartitionKey(int p, absl::string_view name) const { return absl::StrCat(kKeyPrefix, run_, ":", p, "}:", name); }
   std::string ChunkKeyName(const ChunkKey& key) const {
     return PartitionKey(PartitionOf(key), absl::StrCat("chunk:", key.episode_id, ":", key.first_row));
   }
-  std::string RunKey(absl::string_view name) const { return absl::StrCat("orrery:{", run_, "}:", name); }
+  std::string RunKey(absl::string_view name) const { return absl::StrCat(kKeyPrefix, run_, "}:", name); }
 
   absl::StatusOr<std::optional<Chunk>> ToChunk(const ChunkKey& key, const RedisReply& reply) const;
   std::string CursorText(const Cursor& cursor) const;
@@ -134,11 +148,21 @@ class RedisStore : public Store {
   // Constant once open.
   int partitions_ = 1;
   std::string generation_;
-  std::string append_, evict_, changes_, compare_and_set_, put_snapshot_;
+  std::string append_, evict_, changes_, compare_and_set_, put_snapshot_, time_;
 };
 
 absl::Status Unexpected(absl::string_view key) {
   return absl::DataLossError(absl::StrCat("Redis key ", key, " does not hold what it should (docs/replay_storage.md)"));
+}
+
+absl::Status NoDataSet(absl::string_view run) {
+  return absl::NotFoundError(absl::StrCat("there is no data set '", run, "' in Redis"));
+}
+
+absl::Status CheckSchema(absl::string_view run, absl::string_view schema) {
+  if (schema == kSchema) return absl::OkStatus();
+  return absl::FailedPreconditionError(
+      absl::StrCat("data set '", run, "' in Redis has schema version '", schema, "', expected ", kSchema));
 }
 
 bool IsArray(const RedisReply& reply, size_t size) {
@@ -148,7 +172,7 @@ bool IsArray(const RedisReply& reply, size_t size) {
 absl::Status RedisStore::Open(int partitions) {
   for (const auto& [source, sha] : std::vector<std::pair<const char*, std::string*>>{
            {kAppendScript, &append_}, {kEvictScript, &evict_}, {kChangesScript, &changes_},
-           {kCompareAndSetScript, &compare_and_set_}, {kPutSnapshotScript, &put_snapshot_}}) {
+           {kCompareAndSetScript, &compare_and_set_}, {kPutSnapshotScript, &put_snapshot_}, {kTimeScript, &time_}}) {
     ASSIGN_OR_RETURN(*sha, client_.LoadScript(source));
   }
   const std::string key = RunKey("data_set");
@@ -156,10 +180,8 @@ absl::Status RedisStore::Open(int partitions) {
   ASSIGN_OR_RETURN(const RedisReply reply,
                    client_.RunOne(RedisClient::Script(open, {key}, {kSchema, absl::StrCat(partitions), RandomIdentity()})));
   if (!IsArray(reply, 3)) return Unexpected(key);
-  if (reply.elements[0].text != kSchema) {
-    return absl::FailedPreconditionError(absl::StrCat("data set '", run_, "' in Redis has schema version '", reply.elements[0].text,
-                                                      "', expected ", kSchema));
-  }
+  if (partitions == 0 && reply.elements[0].kind == RedisReply::Kind::kNil) return NoDataSet(run_);
+  RETURN_IF_ERROR(CheckSchema(run_, reply.elements[0].text));
   generation_ = reply.elements[2].text;
   if (!absl::SimpleAtoi(reply.elements[1].text, &partitions_) || partitions_ < 1 || partitions_ > kMaxPartitions ||
       generation_.empty()) {
@@ -326,10 +348,9 @@ absl::Status RedisStore::Follow(Cursor& cursor, size_t max, ChangeBatch& batch) 
 }
 
 absl::Status RedisStore::AwaitChange(const Cursor& cursor, absl::Duration wait) {
-  RedisCommand command = {"XREAD", "COUNT", "1", "BLOCK", absl::StrCat(std::max<int64_t>(1, absl::ToInt64Milliseconds(wait))), "STREAMS"};
-  for (int p = 0; p < partitions_; ++p) command.push_back(PartitionKey(p, "log"));
-  for (const int64_t position : cursor.positions) command.push_back(absl::StrCat(position, "-0"));
-  return client_.RunOne(std::move(command), true, wait).status();
+  std::vector<RedisClient::StreamPosition> streams;
+  for (int p = 0; p < partitions_; ++p) streams.push_back({PartitionKey(p, "log"), absl::StrCat(cursor.positions[p], "-0")});
+  return client_.Await(streams, wait);
 }
 
 absl::StatusOr<ChangeBatch> RedisStore::Changes(const std::string& cursor_text, int max, absl::Duration wait) {
@@ -406,7 +427,7 @@ absl::StatusOr<Store::Snapshot> RedisStore::GetSnapshot() {
 }
 
 absl::StatusOr<absl::Time> RedisStore::Now() {
-  ASSIGN_OR_RETURN(const RedisReply reply, client_.RunOne({"TIME"}));
+  ASSIGN_OR_RETURN(const RedisReply reply, client_.RunOne(RedisClient::Script(time_, {RunKey("data_set")}, {})));
   int64_t seconds = 0, micros = 0;
   if (!IsArray(reply, 2) || !absl::SimpleAtoi(reply.elements[0].text, &seconds) ||
       !absl::SimpleAtoi(reply.elements[1].text, &micros)) {
@@ -415,16 +436,113 @@ absl::StatusOr<absl::Time> RedisStore::Now() {
   return absl::FromUnixMicros(seconds * 1000000 + micros);
 }
 
+absl::Status RedisStore::Count(DataSetSummary& summary) {
+  Cursor cursor;
+  cursor.listed = KeyText({0, 0});
+  while (!cursor.listed.empty()) {
+    ChangeBatch batch;
+    RETURN_IF_ERROR(List(cursor, kListBatch, batch));
+    summary.chunks += static_cast<int64_t>(batch.changes.size());
+    for (const Change& change : batch.changes) summary.bytes += change.info.payload_bytes;
+  }
+  return absl::OkStatus();
+}
+
+// Keys of different slots cannot go in one command.
+absl::Status Unlink(RedisClient& client, const std::vector<std::string>& keys) {
+  std::map<int, RedisCommand> by_slot;
+  for (const std::string& key : keys) {
+    RedisCommand& command = by_slot[RedisKeySlot(key)];
+    if (command.empty()) command.push_back("UNLINK");
+    command.push_back(key);
+  }
+  std::vector<RedisCommand> commands;
+  for (auto& [slot, command] : by_slot) commands.push_back(std::move(command));
+  return client.Run(commands).status();
+}
+
+// The names of the runs that have a data set there.
+absl::StatusOr<std::set<std::string>> FindRuns(const RedisLocation& location, absl::Duration timeout) {
+  RedisClient client(location, timeout);
+  std::set<std::string> runs;
+  const auto add = [&runs](const std::vector<std::string>& keys) {
+    for (absl::string_view key : keys) {
+      const bool ours = absl::ConsumePrefix(&key, kKeyPrefix) && absl::ConsumeSuffix(&key, kDataSetSuffix);
+      if (ours && CheckName("", key).ok()) runs.emplace(key);
+    }
+    return absl::OkStatus();
+  };
+  RETURN_IF_ERROR(client.Scan(absl::StrCat(kKeyPrefix, "*", kDataSetSuffix), add));
+  return runs;
+}
+
+// Removes the keys of the data set but the one by which it is found. Returns how many there were.
+absl::StatusOr<int64_t> UnlinkContents(RedisClient& client, const std::string& run) {
+  const std::string data_set = absl::StrCat(kKeyPrefix, run, kDataSetSuffix);
+  int64_t found = 0;
+  const auto remove = [&](const std::vector<std::string>& keys) {
+    std::vector<std::string> victims;
+    for (const std::string& key : keys) {
+      if (key != data_set) victims.push_back(key);
+    }
+    found += static_cast<int64_t>(victims.size());
+    return victims.empty() ? absl::OkStatus() : Unlink(client, victims);
+  };
+  // "orrery:{RUN}:…" and "orrery:{RUN:PARTITION}:…".
+  RETURN_IF_ERROR(client.Scan(absl::StrCat(kKeyPrefix, run, "[:}]*"), remove));
+  return found;
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Store>> OpenRedisStore(const StoreOptions& options) {
   if (options.partitions < 1 || options.partitions > kMaxPartitions) {
     return absl::InvalidArgumentError(absl::StrCat("partitions is ", options.partitions, ", expected 1 to ", kMaxPartitions));
   }
-  ASSIGN_OR_RETURN(RedisAddress address, ParseRedisUrl(options.location));
-  auto store = std::make_unique<RedisStore>(options, std::move(address));
+  ASSIGN_OR_RETURN(RedisLocation location, ParseRedisLocation(options.location));
+  auto store = std::make_unique<RedisStore>(options, std::move(location));
   RETURN_IF_ERROR(store->Open(options.partitions));
   return store;
+}
+
+absl::StatusOr<std::vector<DataSetSummary>> ListRedisDataSets(const std::string& location, absl::Duration timeout) {
+  ASSIGN_OR_RETURN(const RedisLocation parsed, ParseRedisLocation(location));
+  ASSIGN_OR_RETURN(const std::set<std::string> runs, FindRuns(parsed, timeout));
+  std::vector<DataSetSummary> summaries;
+  for (const std::string& run : runs) {
+    RedisStore store({.location = location, .run = run, .timeout = timeout}, parsed);
+    absl::Status status = store.Open(0);
+    DataSetSummary summary{run};
+    if (status.ok()) status = store.Count(summary);
+    if (absl::IsNotFound(status)) continue;  // deleted meanwhile
+    if (absl::IsFailedPrecondition(status) || absl::IsDataLoss(status)) {
+      LogWarning("cannot count data set={}: {}", run, status.ToString());
+    } else {
+      RETURN_IF_ERROR(status);
+    }
+    summaries.push_back(std::move(summary));
+  }
+  return summaries;
+}
+
+// The key by which the data set is found goes last: what was interrupted can be done again.
+absl::Status DeleteRedisDataSet(const StoreOptions& options) {
+  ASSIGN_OR_RETURN(RedisLocation location, ParseRedisLocation(options.location));
+  RedisClient client(std::move(location), options.timeout);
+  const std::string data_set = absl::StrCat(kKeyPrefix, options.run, kDataSetSuffix);
+  ASSIGN_OR_RETURN(const RedisReply schema, client.RunOne({"HGET", data_set, "schema"}));
+  const bool there = schema.kind != RedisReply::Kind::kNil;
+  if (there) RETURN_IF_ERROR(CheckSchema(options.run, schema.text));
+  for (int pass = 0;; ++pass) {
+    ASSIGN_OR_RETURN(const int64_t found, UnlinkContents(client, options.run));
+    if (pass == 0 && found == 0 && !there) return NoDataSet(options.run);
+    if (found == 0) break;
+    if (pass == kDeletePasses) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("data set '", options.run, "' is written to while it is deleted: stop its replay servers first"));
+    }
+  }
+  return client.RunOne({"UNLINK", data_set}).status();
 }
 
 }  // namespace orrery

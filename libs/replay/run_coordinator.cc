@@ -186,7 +186,7 @@ struct RunCoordinator::State {
 };
 
 RunCoordinator::RunCoordinator(Store* store, config::v1::Experiment experiment)
-    : store_(store), experiment_(std::move(experiment)) {}
+    : store_(store), experiment_(std::move(experiment)), tasks_(TaskEnvironments(experiment_.environment())) {}
 
 absl::Status RunCoordinator::Write(const VersionedValue& old, State& state) {
   state.writer = RandomIdentity();
@@ -246,7 +246,7 @@ std::optional<EpisodeMode> RunCoordinator::NextMode(const State& state, absl::Ti
     const bool learner_absent = now - absl::FromUnixMicros(state.learner.seen) >= AbsentAfter(experiment_);
     if (state.updates_done < least && !learner_absent) return std::nullopt;
   }
-  return EpisodeMode::kTrain;
+  return experiment_.collection().random_actions() ? EpisodeMode::kRandom : EpisodeMode::kTrain;
 }
 
 int64_t RunCoordinator::UpdatesAllowed(const State& state, absl::Time now) const {
@@ -285,14 +285,17 @@ absl::StatusOr<std::optional<EpisodeAssignment>> RunCoordinator::BeginEpisode(co
     episode.run_id = state.run_id;
     episode.episode_id = state.next_episode++;
     episode.mode = *mode;
+    const int64_t tasks = static_cast<int64_t>(tasks_.size());
     if (*mode == EpisodeMode::kEvaluate) {
       // Every round plays the same seeds, and none that was trained on.
-      episode.seed = DeriveSeed(experiment_.seed(), "evaluation", state.evaluation_next);
-      if (++state.evaluation_next >= experiment_.evaluation().episodes()) {
+      episode.seed = DeriveSeed(experiment_.seed(), "evaluation", state.evaluation_next / tasks);
+      episode.task = tasks_[state.evaluation_next % tasks].task();
+      if (++state.evaluation_next >= experiment_.evaluation().episodes() * tasks) {
         state.evaluation_next = 0;
         state.evaluation_round = EvaluationRounds(experiment_, state.finished);
       }
     } else {
+      episode.task = tasks_[state.started % tasks].task();
       episode.seed = DeriveSeed(experiment_.seed(), "environment", state.started++);
     }
     const absl::Duration lease = absl::Seconds(experiment_.collection().lease_seconds());
@@ -425,9 +428,9 @@ absl::Status ValidatePacing(const config::v1::Experiment& experiment) {
   // Rows arrive by the chunk, and an episode that has begun is played to its end.
   int64_t rows = experiment.replay().chunk_rows();
   std::string what = "a chunk (replay.chunk_rows)";
-  if (experiment.environment().has_time_limit()) {
-    const int64_t repeat = std::max(1, experiment.environment().action_repeat());
-    const int64_t episode = (experiment.environment().time_limit() + repeat - 1) / repeat;
+  for (const config::v1::Environment& task : TaskEnvironments(experiment.environment())) {
+    const int64_t repeat = std::max(1, task.action_repeat());
+    const int64_t episode = (task.time_limit() + repeat - 1) / repeat;  // 0: the task's own limit, not known here
     if (episode > rows) {
       rows = episode;
       what = "an episode (environment.time_limit / environment.action_repeat)";

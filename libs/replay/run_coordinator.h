@@ -20,6 +20,7 @@ struct EpisodeAssignment {
   std::string run_id;
   int64_t episode_id = 0;
   EpisodeMode mode = EpisodeMode::kRandom;
+  std::string task;
   uint64_t seed = 0;
   bool run_complete = false;  // nothing was handed out
 };
@@ -35,10 +36,12 @@ struct RunProgress {
 
 // Thread-safe; never waits: where the schedule does not allow something now, the answer says so (nullopt, 0) and the caller
 // tries again when something has changed. ALTERNATE: the first collection.seed_episodes are RANDOM; then the learner
-// owes initial_updates, and updates_per_episode after each further one; a TRAIN or EVALUATE episode begins only when the
-// learner has reported all it owes and no other episode is running; evaluation.episodes EVALUATE episodes come after
-// every evaluation.every_episodes training episodes, seed episodes not counted. CONCURRENT: replay.limiter holds
-// updates per row inside the band; a side absent for limiter.absent_seconds does not block the other.
+// owes initial_updates, and updates_per_episode after each further one; a further episode begins only when the learner has
+// reported all it owes and no other episode is running, so several actors take turns; evaluation.episodes EVALUATE episodes
+// of each task come after every evaluation.every_episodes training episodes, seed episodes not counted. CONCURRENT:
+// replay.limiter holds updates per row inside the band; a side absent for limiter.absent_seconds does not block the other.
+// With several tasks the n-th training episode plays the n-th task, round and round. With collection.random_actions, every
+// training episode is RANDOM.
 class RunCoordinator {
  public:
   // `store` must outlive this.
@@ -80,6 +83,7 @@ class RunCoordinator {
 
   Store* const store_;
   const config::v1::Experiment experiment_;
+  const std::vector<config::v1::Environment> tasks_;
   // Only replicas compete for the value in the store, not the threads of this process.
   absl::Mutex mu_;
 };

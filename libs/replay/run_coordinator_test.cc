@@ -163,6 +163,44 @@ TEST_F(RunCoordinatorTest, NumbersAndSeedsEpisodesReproducibly) {
   EXPECT_EQ(play(), episodes);
 }
 
+TEST_F(RunCoordinatorTest, TasksTakeTurns) {
+  config::v1::Experiment e = Alternate(3, 0, 1);
+  for (const char* name : {"a", "b"}) e.mutable_environment()->add_tasks()->set_name(name);
+  e.mutable_evaluation()->set_every_episodes(2);
+  e.mutable_evaluation()->set_episodes(2);
+  RunCoordinator c(store_.get(), e);
+  const int64_t generation = *c.AcquireLearner("learner");
+  std::string order;
+  std::vector<uint64_t> evaluated;
+  for (int i = 0, done = 0; i < 10; ++i) {
+    order += Play(c) + last_.task + " ";
+    if (last_.mode == EpisodeMode::kEvaluate) evaluated.push_back(last_.seed);
+    done += Reserve(c, generation, done, 10);
+    Reserve(c, generation, done, 0);
+  }
+  EXPECT_EQ(order, "Ra Rb Ra Tb Ta Ea Eb Ea Eb Tb ");
+  const auto seed = [](uint64_t i) { return DeriveSeed(7, "evaluation", i); };
+  EXPECT_THAT(evaluated, ElementsAre(seed(0), seed(0), seed(1), seed(1))) << "every task meets the same seeds";
+}
+
+TEST_F(RunCoordinatorTest, CollectsWithRandomActionsThroughout) {
+  config::v1::Experiment e = Alternate(1, 0, 1);
+  e.mutable_collection()->set_random_actions(true);
+  e.mutable_evaluation()->set_every_episodes(2);
+  RunCoordinator c(store_.get(), e);
+  const int64_t generation = *c.AcquireLearner("learner");
+  std::string order;
+  for (int i = 0, done = 0; i < 5; ++i) {
+    order += Play(c);
+    const int granted = Reserve(c, generation, done, 10);
+    if (granted > 0) {
+      EXPECT_EQ(Begin(c), "-") << "the updates come first, as ever";
+    }
+    Reserve(c, generation, done += granted, 0);
+  }
+  EXPECT_EQ(order, "RRRER");
+}
+
 TEST_F(RunCoordinatorTest, KeepsOneRunIdAndOneSpecification) {
   RunCoordinator a(store_.get(), Alternate(5, 0, 1)), b(store_.get(), Alternate(5, 0, 1));
   ASSERT_OK_AND_ASSIGN(const auto first, a.BeginEpisode("a", kSpec));

@@ -10,23 +10,63 @@
 #include "libs/replay/redis_store.h"
 
 namespace orrery {
+namespace {
+
+bool IsMemory(const std::string& location) { return location == "memory:"; }
+
+bool IsRedis(const std::string& location) {
+  return absl::StartsWith(location, "redis://") || absl::StartsWith(location, "redis-cluster://");
+}
+
+bool IsFile(const std::string& location, std::string& folder) {
+  absl::string_view rest = location;
+  if (!absl::ConsumePrefix(&rest, "file:") || rest.empty()) return false;
+  folder = std::string(rest);
+  return true;
+}
+
+absl::Status NotALocation(const std::string& location) {
+  // What is before '@' may be a password.
+  const size_t at = location.rfind('@');
+  const std::string shown = at == std::string::npos ? location : absl::StrCat("…", location.substr(at));
+  if (absl::StartsWith(location, "rediss://")) {
+    return absl::InvalidArgumentError(absl::StrCat("location of the store is '", shown,
+                                                   "': TLS goes through a stunnel beside this program "
+                                                   "(docs/replay_storage.md), expected redis:// and stunnel's HOST:PORT"));
+  }
+  return absl::InvalidArgumentError(absl::StrCat("location of the store is '", shown,
+                                                 "', expected memory:, file:FOLDER, redis://[user:password@]HOST:PORT or "
+                                                 "redis-cluster://[user:password@]HOST:PORT[,HOST:PORT…]"));
+}
+
+}  // namespace
 
 absl::StatusOr<std::unique_ptr<Store>> OpenStore(const StoreOptions& options) {
   RETURN_IF_ERROR(CheckName("name of the run", options.run));
-  absl::string_view folder = options.location;
-  if (options.location == "memory:") return MakeMemoryStore(options);
-  if (absl::StartsWith(options.location, "redis://")) return OpenRedisStore(options);
-  if (absl::ConsumePrefix(&folder, "file:") && !folder.empty()) {
-    FileStoreOptions file;
-    file.folder = absl::StrCat(folder, "/", options.run);
-    file.change_log_length = options.change_log_length;
-    return OpenFileStore(file);
-  }
-  // What is before '@' may be a password.
-  const size_t at = options.location.rfind('@');
-  const std::string shown = at == std::string::npos ? options.location : absl::StrCat("…", options.location.substr(at));
-  return absl::InvalidArgumentError(absl::StrCat("location of the store is '", shown,
-                                                 "', expected memory:, file:FOLDER or redis://[user:password@]HOST:PORT"));
+  if (IsMemory(options.location)) return MakeMemoryStore(options);
+  if (IsRedis(options.location)) return OpenRedisStore(options);
+  FileStoreOptions file;
+  if (!IsFile(options.location, file.folder)) return NotALocation(options.location);
+  absl::StrAppend(&file.folder, "/", options.run);
+  file.change_log_length = options.change_log_length;
+  return OpenFileStore(file);
+}
+
+absl::StatusOr<std::vector<DataSetSummary>> ListDataSets(const std::string& location, absl::Duration timeout) {
+  if (IsMemory(location)) return std::vector<DataSetSummary>();
+  if (IsRedis(location)) return ListRedisDataSets(location, timeout);
+  std::string folder;
+  if (!IsFile(location, folder)) return NotALocation(location);
+  return ListFileDataSets(folder);
+}
+
+absl::Status DeleteDataSet(const StoreOptions& options) {
+  RETURN_IF_ERROR(CheckName("name of the run", options.run));
+  if (IsMemory(options.location)) return absl::NotFoundError("memory: keeps no data sets");
+  if (IsRedis(options.location)) return DeleteRedisDataSet(options);
+  std::string folder;
+  if (!IsFile(options.location, folder)) return NotALocation(options.location);
+  return DeleteFileDataSet(absl::StrCat(folder, "/", options.run));
 }
 
 }  // namespace orrery

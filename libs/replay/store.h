@@ -39,6 +39,7 @@ struct ChunkInfo {
   SnapshotVersion snapshot_version;
   double reward_sum = 0;
   int64_t payload_bytes = 0;
+  int32_t task = 0;  // of the episode: its place in the configuration's list, 0 when there is only one
   bool operator==(const ChunkInfo&) const = default;
 };
 
@@ -109,7 +110,8 @@ class Store {
   virtual absl::StatusOr<absl::Time> Now() = 0;
 };
 
-// Opens the data of `run` at a location: "memory:", "file:FOLDER" or "redis://[user:password@]HOST:PORT".
+// Opens the data of `run` at a location: "memory:", "file:FOLDER", "redis://[user:password@]HOST:PORT" or
+// "redis-cluster://[user:password@]HOST:PORT[,HOST:PORT…]" (some of the cluster's nodes, one that answers is enough).
 // Other replicas may have the same Redis location open. `partitions` applies to new data sets in Redis.
 // INVALID_ARGUMENT names the location and the forms expected.
 struct StoreOptions {
@@ -121,5 +123,19 @@ struct StoreOptions {
   int change_log_length = 100000;
 };
 absl::StatusOr<std::unique_ptr<Store>> OpenStore(const StoreOptions& options);
+
+// The data sets at a location, by name. Nothing is kept in memory:, so there it is always empty. Also works while they are in
+// use; then the numbers are of some moment. INVALID_ARGUMENT as OpenStore; NOT_FOUND: the folder is not there.
+struct DataSetSummary {
+  std::string run;
+  int64_t chunks = 0;
+  int64_t bytes = 0;  // of payloads
+  bool operator==(const DataSetSummary&) const = default;
+};
+absl::StatusOr<std::vector<DataSetSummary>> ListDataSets(const std::string& location, absl::Duration timeout);
+
+// Removes the data set of options.run with everything in it: chunks, run state, snapshot. NOT_FOUND when there is none;
+// FAILED_PRECONDITION when a process has it open (files) or writes to it (Redis), or another schema version made it.
+absl::Status DeleteDataSet(const StoreOptions& options);
 
 }  // namespace orrery

@@ -10,6 +10,7 @@
 #include <limits>
 #include <map>
 #include <memory>
+#include <optional>
 #include <ostream>
 #include <random>
 #include <set>
@@ -30,6 +31,8 @@ class StorePlace {
   virtual ~StorePlace() = default;
   // A new view of the data; those opened before must be closed first unless `shared`.
   virtual absl::StatusOr<std::unique_ptr<Store>> Open(int change_log_length) = 0;
+  // Where it is, for what is done to whole data sets.
+  virtual StoreOptions Options() = 0;
 };
 
 struct StoreKind {
@@ -81,6 +84,20 @@ class StoreConformance : public ::testing::TestWithParam<StoreKind> {
     return live;
   }
 
+  // What ListDataSets says of this data set.
+  std::optional<DataSetSummary> Listed() {
+    const StoreOptions options = place_->Options();
+    const auto all = ListDataSets(options.location, absl::Seconds(10));
+    EXPECT_OK(all);
+    std::optional<DataSetSummary> listed;
+    for (const DataSetSummary& summary : all.value_or(std::vector<DataSetSummary>())) {
+      if (summary.run != options.run) continue;
+      EXPECT_FALSE(listed.has_value()) << "twice";
+      listed = summary;
+    }
+    return listed;
+  }
+
   std::unique_ptr<StorePlace> place_ = GetParam().make();
   std::unique_ptr<Store> store_;
 };
@@ -90,6 +107,7 @@ TEST_P(StoreConformance, GivesBackWhatItWasGiven) {
   chunk.info.mode = EpisodeMode::kEvaluate;
   chunk.info.end = EpisodeEnd::kTerminated;
   chunk.info.reward_sum = -1.0 / 3;
+  chunk.info.task = 7;
   const Chunk large = MakeChunk(6, 0, 50, std::string(3 << 20, 'x'));
   ASSERT_OK(store_->Append(chunk));
   ASSERT_OK(store_->Append(large));
@@ -131,6 +149,7 @@ TEST_P(StoreConformance, RefusesChunksThatCannotBe) {
   expect_refused("episode_id is 0", [](Chunk& c) { c.info.key.episode_id = 0; });
   expect_refused("first_row is -1", [](Chunk& c) { c.info.key.first_row = -1; });
   expect_refused("rows is 0", [](Chunk& c) { c.info.rows = 0; });
+  expect_refused("task is -1", [](Chunk& c) { c.info.task = -1; });
   expect_refused("mode is 9", [](Chunk& c) { c.info.mode = static_cast<EpisodeMode>(9); });
   expect_refused("end is 0", [](Chunk& c) { c.info.end = static_cast<EpisodeEnd>(0); });
   expect_refused("payload_bytes is 3", [](Chunk& c) { c.info.payload_bytes = 3; });
@@ -393,6 +412,41 @@ TEST_P(StoreConformance, ReplicasSeeEachOther) {
   EXPECT_THAT(store_->CompareAndSet("run", 0, "y"), StatusIs(absl::StatusCode::kAborted));
   // A cursor is good at every replica.
   EXPECT_EQ(Drain(*store_, cursor).size(), 1u);
+}
+
+TEST_P(StoreConformance, IsListedAndDeleted) {
+  const auto not_found = StatusIs(absl::StatusCode::kNotFound);
+  if (!GetParam().lasting) {
+    EXPECT_EQ(Listed(), std::nullopt);
+    EXPECT_THAT(DeleteDataSet(place_->Options()), not_found);
+    return;
+  }
+  for (int episode = 1; episode <= 9; ++episode) {
+    ASSERT_OK(store_->Append(MakeChunk(episode, 0, 10, std::string(episode * 100, 'x'))));
+  }
+  ASSERT_OK(store_->Evict({{9, 0}, {8, 0}}));
+  ASSERT_OK(store_->CompareAndSet("run", 0, "state"));
+  ASSERT_OK(store_->PutSnapshot({{1, 2}, "snapshot"}));
+  for (const bool open : {true, false}) {
+    if (!open) store_.reset();
+    const std::optional<DataSetSummary> listed = Listed();
+    ASSERT_TRUE(listed.has_value());
+    EXPECT_EQ(listed->chunks, 7);
+    EXPECT_EQ(listed->bytes, 100 + 200 + 300 + 400 + 500 + 600 + 700);
+    if (open && !GetParam().shared) {
+      EXPECT_THAT(DeleteDataSet(place_->Options()), StatusIs(absl::StatusCode::kFailedPrecondition));
+      EXPECT_EQ(Live(*store_).size(), 7u);
+    }
+  }
+  ASSERT_OK(DeleteDataSet(place_->Options()));
+  EXPECT_EQ(Listed(), std::nullopt);
+  EXPECT_THAT(DeleteDataSet(place_->Options()), not_found);
+  Open();
+  EXPECT_TRUE(Live(*store_).empty());
+  EXPECT_EQ((*store_->Read({{1, 0}}))[0], std::nullopt);
+  EXPECT_EQ(store_->Get("run")->version, 0);
+  EXPECT_THAT(store_->GetSnapshot(), not_found);
+  EXPECT_EQ(Listed().value_or(DataSetSummary{"", -1}).chunks, 0);
 }
 
 }  // namespace orrery

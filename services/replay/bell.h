@@ -29,6 +29,12 @@ class Bell {
     while (!stopped_ && rings_ == seen && absl::Now() < until) rung_.WaitWithDeadline(&mu_, until);
     return !stopped_;
   }
+  // Waits until `until`, whatever rings; false when stopped.
+  bool Sleep(absl::Time until) {
+    absl::MutexLock lock(&mu_);
+    while (!stopped_ && absl::Now() < until) rung_.WaitWithDeadline(&mu_, until);
+    return !stopped_;
+  }
   // Wakes every waiter, for good.
   void Stop() {
     absl::MutexLock lock(&mu_);

@@ -12,6 +12,7 @@ namespace {
 constexpr int kChangesPerRead = 1000;
 constexpr absl::Duration kChangesWait = absl::Milliseconds(200);
 constexpr absl::Duration kRetryWait = absl::Milliseconds(500);
+constexpr absl::Duration kProgressEvery = absl::Seconds(2);
 constexpr size_t kMaxIndexes = 4;
 }  // namespace
 
@@ -21,7 +22,8 @@ DataSet::DataSet(Store* store, Limits limits, int sequence_length, prometheus::R
       default_length_(sequence_length),
       steps_(AddGauge(registry, "replay_steps", "Rows stored now, evaluation included.")),
       episodes_(AddGauge(registry, "replay_episodes", "Episodes of which a chunk is stored now.")),
-      bytes_(AddGauge(registry, "replay_bytes", "Bytes of encoded chunks stored now.")) {
+      bytes_(AddGauge(registry, "replay_bytes", "Bytes of encoded chunks stored now.")),
+      next_progress_(absl::Now() + kProgressEvery) {
   absl::MutexLock lock(&mu_);
   Clear();
 }
@@ -53,27 +55,40 @@ IndexTotals DataSet::totals() const {
   return indexes_.find(default_length_)->second.index->totals();
 }
 
-std::vector<Sequence> DataSet::Sample(int sequence_length, int count, std::mt19937_64& random) {
-  std::vector<Sequence> sequences;
+std::vector<Sequence> DataSet::Sample(const Sampler& sampler, int sequence_length, int count, std::mt19937_64& random) {
   absl::MutexLock lock(&mu_);
-  const EpisodeIndex& index = IndexFor(sequence_length);
-  while (static_cast<int>(sequences.size()) < count) {
-    std::optional<Sequence> sequence = index.Sample(random);
-    if (!sequence.has_value()) return {};
-    sequences.push_back(*std::move(sequence));
+  return sampler.Draw(IndexFor(sequence_length), count, random);
+}
+
+std::vector<std::vector<ChunkInfo>> DataSet::Episodes(int64_t first, int max, std::optional<EpisodeMode> mode,
+                                                      int64_t& next) const {
+  std::vector<std::vector<ChunkInfo>> episodes;
+  absl::MutexLock lock(&mu_);
+  auto at = live_.lower_bound({first, 0});
+  while (at != live_.end() && static_cast<int>(episodes.size()) < max) {
+    std::vector<ChunkInfo> episode = TakeEpisode(at);
+    if (!mode.has_value() || episode[0].mode == *mode) episodes.push_back(std::move(episode));
   }
-  return sequences;
+  next = at == live_.end() ? 0 : at->first.episode_id;
+  return episodes;
+}
+
+std::vector<ChunkInfo> DataSet::TakeEpisode(std::map<ChunkKey, ChunkInfo>::const_iterator& at) const {
+  std::vector<ChunkInfo> episode;
+  const int64_t id = at->first.episode_id;
+  for (; at != live_.end() && at->first.episode_id == id; ++at) episode.push_back(at->second);
+  return episode;
 }
 
 void DataSet::Run() {
   std::string cursor;
   while (!bell_.stopped()) {
-    if (!Step(cursor)) bell_.Await(bell_.rings(), absl::Now() + kRetryWait);
+    if (!Step(cursor, kChangesWait)) bell_.Await(bell_.rings(), absl::Now() + kRetryWait);
   }
 }
 
-bool DataSet::Step(std::string& cursor) {
-  absl::StatusOr<ChangeBatch> batch = store_->Changes(cursor, kChangesPerRead, kChangesWait);
+bool DataSet::Step(std::string& cursor, absl::Duration wait) {
+  absl::StatusOr<ChangeBatch> batch = store_->Changes(cursor, kChangesPerRead, wait);
   if (absl::IsOutOfRange(batch.status())) {
     LogWarning("change log does not reach back to the cursor; reading the live chunks again");
     SetReady(false);
@@ -90,7 +105,13 @@ bool DataSet::Step(std::string& cursor) {
   Apply(*batch);
   cursor = std::move(batch->cursor);
   EvictOldest();
-  if (caught_up()) SetReady(true);
+  if (caught_up()) {
+    SetReady(true);
+  } else if (absl::Now() >= next_progress_) {
+    const IndexTotals now = totals();
+    LogInfo("replay reads what is stored chunks={} rows={} bytes={}", now.chunks, now.rows, now.bytes);
+    next_progress_ = absl::Now() + kProgressEvery;
+  }
   return true;
 }
 
@@ -147,7 +168,7 @@ void DataSet::SetReady(bool ready) {
   ready_ = ready;
   const IndexTotals now = totals();
   LogInfo("replay ready={} chunks={} rows={} bytes={}", ready, now.chunks, now.rows, now.bytes);
-  on_ready_(ready);
+  if (on_ready_) on_ready_(ready);
 }
 
 EpisodeIndex& DataSet::IndexFor(int sequence_length) {

@@ -6,7 +6,9 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <random>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -15,6 +17,7 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "libs/replay/episode_index.h"
+#include "libs/replay/sampler.h"
 #include "libs/replay/store.h"
 #include "services/replay/bell.h"
 
@@ -44,15 +47,23 @@ class DataSet {
   bool caught_up() const;
   bool Contains(const ChunkKey& key) const;
   IndexTotals totals() const;
-  // `count` independent draws; none when there is no valid start.
-  std::vector<Sequence> Sample(int sequence_length, int count, std::mt19937_64& random);
+  // `count` independent draws; none when there is nothing to draw from.
+  std::vector<Sequence> Sample(const Sampler& sampler, int sequence_length, int count, std::mt19937_64& random);
+  // The live chunks of at most `max` episodes of that mode (none given: of any) from number `first` on, by episode and row.
+  // Sets `next` to the number of the episode after them, 0 when there is none.
+  std::vector<std::vector<ChunkInfo>> Episodes(int64_t first, int max, std::optional<EpisodeMode> mode, int64_t& next) const;
+
+  // One read of the log from `cursor`, which moves on; waits up to `wait` for news. False when the store does not answer. What
+  // the thread does again and again: only for one that was not started.
+  bool Step(std::string& cursor, absl::Duration wait);
 
  private:
   void Run();
-  // One read of the log; false when the store does not answer.
-  bool Step(std::string& cursor);
   void Apply(const ChangeBatch& batch);
   void Clear() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // The live chunks of the first episode from `at` on, which moves behind it.
+  std::vector<ChunkInfo> TakeEpisode(std::map<ChunkKey, ChunkInfo>::const_iterator& at) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void EvictOldest();
   void SetReady(bool ready);
   // The index for a length, made on first use; the least recently used one beyond a few is dropped.
@@ -78,7 +89,9 @@ class DataSet {
   int64_t uses_ ABSL_GUARDED_BY(mu_) = 0;
   bool caught_up_ ABSL_GUARDED_BY(mu_) = false;
 
-  bool ready_ = false;  // of the thread
+  // Of the thread.
+  bool ready_ = false;
+  absl::Time next_progress_;  // when it says next how far it is
   std::thread thread_;
 };
 

@@ -57,7 +57,8 @@ int main(int argc, char** argv) {
   CLI::App app("Keeps the experience of a run: hands out episodes, stores chunks, serves them to learners.");
   orrery::AddCommonFlags(app, orrery::kDefaults, flags);
   app.get_option("--config")->required();
-  app.add_option("--store", store, "Where the data lives: redis://[USER:PASSWORD@]HOST:PORT, file:FOLDER or memory:")
+  app.add_option("--store", store, "Where the data lives: redis://[USER:PASSWORD@]HOST:PORT, "
+                 "redis-cluster://[USER:PASSWORD@]HOST:PORT[,HOST:PORT…], file:FOLDER or memory:")
       ->capture_default_str()
       ->type_name("LOCATION");
   app.add_option("--store_wait", store_wait_seconds, "Seconds to wait for a store that does not answer at start")

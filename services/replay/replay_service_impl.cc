@@ -1,6 +1,7 @@
 #include "services/replay/replay_service_impl.h"
 
 #include <algorithm>
+#include <future>
 #include <random>
 #include <set>
 #include <utility>
@@ -13,10 +14,12 @@
 #include "absl/time/clock.h"
 #include "libs/base/log.h"
 #include "libs/base/status.h"
+#include "libs/client/channel.h"
 #include "libs/client/chunk_proto.h"
 #include "libs/client/status.h"
 #include "libs/replay/chunk_codec.h"
 #include "libs/replay/run_coordinator.h"
+#include "libs/replay/sampler.h"
 #include "libs/telemetry/metrics.h"
 #include "orrery/replay/v1/replay.grpc.pb.h"
 #include "services/replay/bell.h"
@@ -32,11 +35,15 @@ using grpc::ServerContext;
 constexpr absl::Duration kDeadlineMargin = absl::Milliseconds(50);
 // How often it looks for what other replicas changed and whether the caller is gone.
 constexpr absl::Duration kRecheck = absl::Milliseconds(200);
+// How long an append waits for a store that is full or away, and between its tries.
+constexpr absl::Duration kAppendPatience = absl::Seconds(5);
+constexpr absl::Duration kFirstRetry = absl::Milliseconds(20), kLastRetry = absl::Milliseconds(500);
 constexpr int kChangesPerRead = 256;
 constexpr int64_t kBytesPerRead = int64_t{8} << 20;
 constexpr int64_t kPartBytes = int64_t{2} << 20;
 constexpr int64_t kMaxDecodedBytes = int64_t{256} << 20;
 constexpr int kMaxBatch = 4096;
+constexpr int kMaxPage = 1000, kDefaultPage = 100;
 constexpr int kMaxUpdatesWanted = 1'000'000;
 constexpr int kMaxAliveEpisodes = 65'536;
 // Small value in the store: a serialized SnapshotVersion, so that totals do not cost reading a snapshot.
@@ -63,23 +70,67 @@ absl::Status CheckId(absl::string_view field, const std::string& id) {
   return Invalid(field, " has ", id.size(), " characters: expected 1 to 128");
 }
 
-absl::Status CheckField(const ArrayMap& fields, const char* name, DType dtype, size_t dimensions) {
-  const auto field = fields.find(name);
-  if (field == fields.end()) return Invalid("chunk.payload has no field \"", name, "\"");
-  if (field->second.dtype == dtype && field->second.shape.size() == dimensions) return absl::OkStatus();
-  return Invalid("chunk.payload: field \"", name, "\" is ", Name(field->second.dtype), " ",
-                 ShapeString(field->second.shape), ": expected ", Name(dtype), " with ", dimensions, " dimension(s)");
-}
-
 // A damaged chunk, or one that a learner could not use, never enters the store.
 absl::Status CheckPayload(const Chunk& chunk) {
-  const absl::StatusOr<ArrayMap> fields = DecodeRows(chunk.payload, chunk.info.rows, kMaxDecodedBytes);
-  if (!fields.ok()) return Invalid("chunk.payload: ", fields.status().message());
-  RETURN_IF_ERROR(CheckField(*fields, kAction, DType::kFloat32, 2));
-  RETURN_IF_ERROR(CheckField(*fields, kReward, DType::kFloat32, 1));
-  RETURN_IF_ERROR(CheckField(*fields, kIsFirst, DType::kUInt8, 1));
-  RETURN_IF_ERROR(CheckField(*fields, kIsTerminal, DType::kUInt8, 1));
-  if (fields->size() == 4) return Invalid("chunk.payload has no observation");
+  const absl::StatusOr<ArrayMap> rows = DecodeRows(chunk.payload, chunk.info.rows, kMaxDecodedBytes);
+  if (!rows.ok()) return Invalid("chunk.payload: ", rows.status().message());
+  return Annotate(CheckRows(*rows), "chunk.payload");
+}
+
+absl::StatusOr<std::unique_ptr<Sampler>> SamplerOf(const replay::v1::Sampler& proto) {
+  switch (proto.rule_case()) {
+    case replay::v1::Sampler::kRecency:
+      return MakeRecencySampler(proto.recency().share(), proto.recency().newest_rows());
+    case replay::v1::Sampler::kTasks:
+      return MakeTaskSampler({proto.tasks().weights().begin(), proto.tasks().weights().end()});
+    case replay::v1::Sampler::RULE_NOT_SET:
+      break;
+  }
+  return MakeUniformSampler();
+}
+
+using SamplePart = replay::v1::SampleSequencesResponse;
+
+// The messages that carry a batch [sequences, L, …]: some sequences of one field each.
+std::vector<SamplePart> Split(int64_t number, ArrayMap batch) {
+  std::vector<SamplePart> parts;
+  for (auto& [name, array] : batch) {
+    const std::string bytes = std::move(array.bytes);
+    const int64_t sequences = array.shape[0];
+    const int64_t sequence_bytes = static_cast<int64_t>(bytes.size()) / sequences;
+    const int64_t per_part = std::clamp<int64_t>(kPartBytes / std::max<int64_t>(sequence_bytes, 1), 1, sequences);
+    for (int64_t first = 0; first < sequences; first += per_part) {
+      const int64_t count = std::min(per_part, sequences - first);
+      SamplePart& part = parts.emplace_back();
+      part.set_batch(number);
+      part.set_first_sequence(static_cast<int32_t>(first));
+      part.mutable_field()->set_name(name);
+      common::v1::Tensor& tensor = *part.mutable_field()->mutable_tensor();
+      tensor.set_data_type(static_cast<common::v1::DataType>(array.dtype));
+      tensor.add_shape(count);
+      for (size_t i = 1; i < array.shape.size(); ++i) tensor.add_shape(array.shape[i]);
+      tensor.set_data(bytes.substr(first * sequence_bytes, count * sequence_bytes));
+    }
+  }
+  parts.back().set_last_part(true);
+  return parts;
+}
+
+// Where no sequence can ever be whole, everybody would wait for ever.
+absl::Status ValidateSequences(const config::v1::Experiment& experiment) {
+  const int64_t length = experiment.learning().sequence_length();
+  if (experiment.replay().max_rows() < length) {
+    return Invalid("replay.max_rows is ", experiment.replay().max_rows(), ", expected at least learning.sequence_length, ",
+                   length, ": no sequence would ever be whole");
+  }
+  for (const config::v1::Environment& task : TaskEnvironments(experiment.environment())) {
+    if (!task.has_time_limit()) continue;
+    const int64_t repeat = std::max(1, task.action_repeat());
+    const int64_t rows = (task.time_limit() + repeat - 1) / repeat + 1;
+    if (rows >= length) continue;
+    return Invalid("learning.sequence_length is ", length, ", expected at most ", rows, ", the rows of an episode of task \"",
+                   task.task(), "\" (environment.time_limit / environment.action_repeat + 1)");
+  }
   return absl::OkStatus();
 }
 
@@ -93,11 +144,18 @@ struct Metrics {
                                     SecondsBuckets())),
         sample_seconds(AddHistogram(r, "replay_sample_seconds", "Time to draw and assemble one batch.", SecondsBuckets())),
         blocked_actor(Blocked(r, "actor")),
-        blocked_learner(Blocked(r, "learner")) {}
+        blocked_learner(Blocked(r, "learner")),
+        append_full(AppendBlocked(r, "full")),
+        append_away(AppendBlocked(r, "away")) {}
 
   static prometheus::Counter& Blocked(prometheus::Registry& r, const std::string& side) {
     return AddCounter(r, "replay_limiter_blocked_seconds_total", "Time that callers waited for the schedule.",
                       {{"side", side}});
+  }
+
+  static prometheus::Counter& AppendBlocked(prometheus::Registry& r, const std::string& store) {
+    return AddCounter(r, "replay_append_blocked_seconds_total",
+                      "Time that appends waited for a store that was full or could not be reached.", {{"store", store}});
   }
 
   prometheus::Counter& steps;
@@ -108,6 +166,8 @@ struct Metrics {
   prometheus::Histogram& sample_seconds;
   prometheus::Counter& blocked_actor;
   prometheus::Counter& blocked_learner;
+  prometheus::Counter& append_full;
+  prometheus::Counter& append_away;
 };
 
 class ReplayServerImpl : public ReplayServer, public replay::v1::ReplayService::Service {
@@ -151,6 +211,14 @@ class ReplayServerImpl : public ReplayServer, public replay::v1::ReplayService::
   grpc::Status SampleSequences(ServerContext* context, const replay::v1::SampleSequencesRequest* request,
                                grpc::ServerWriter<replay::v1::SampleSequencesResponse>* stream) override {
     return ToGrpc(DoSampleSequences(*context, *request, *stream));
+  }
+  grpc::Status ListEpisodes(ServerContext* context, const replay::v1::ListEpisodesRequest* request,
+                            replay::v1::ListEpisodesResponse* response) override {
+    return ToGrpc(DoListEpisodes(*context, *request, *response));
+  }
+  grpc::Status GetEpisode(ServerContext* context, const replay::v1::GetEpisodeRequest* request,
+                          grpc::ServerWriter<replay::v1::GetEpisodeResponse>* stream) override {
+    return ToGrpc(DoGetEpisode(*context, *request, *stream));
   }
   grpc::Status AcquireLearner(ServerContext*, const replay::v1::AcquireLearnerRequest* request,
                               replay::v1::AcquireLearnerResponse* response) override {
@@ -216,7 +284,8 @@ class ReplayServerImpl : public ReplayServer, public replay::v1::ReplayService::
   absl::Status DoBeginEpisode(const ServerContext& context, const replay::v1::BeginEpisodeRequest& request,
                               replay::v1::BeginEpisodeResponse& response);
   absl::Status DoAppendChunks(ServerContext& context, AppendStream& stream);
-  absl::Status AppendOne(replay::v1::AppendChunksRequest& request);
+  absl::Status AppendOne(const ServerContext& context, replay::v1::AppendChunksRequest& request);
+  absl::Status StoreChunk(const ServerContext& context, const Chunk& chunk);
   absl::Status CheckBelongs(const Chunk& chunk);
   absl::Status DoWatchChunks(const ServerContext& context, const replay::v1::WatchChunksRequest& request,
                              WatchStream& stream);
@@ -227,8 +296,11 @@ class ReplayServerImpl : public ReplayServer, public replay::v1::ReplayService::
   absl::Status DoSampleSequences(const ServerContext& context, const replay::v1::SampleSequencesRequest& request,
                                  SampleStream& stream);
   absl::StatusOr<ArrayMap> DrawBatch(const ServerContext& context, const replay::v1::SampleSequencesRequest& request,
-                                     std::mt19937_64& random);
-  static absl::Status SendBatch(int64_t number, const ArrayMap& batch, SampleStream& stream);
+                                     const Sampler& sampler, std::mt19937_64& random);
+  absl::Status DoListEpisodes(const ServerContext& context, const replay::v1::ListEpisodesRequest& request,
+                              replay::v1::ListEpisodesResponse& response);
+  absl::Status DoGetEpisode(const ServerContext& context, const replay::v1::GetEpisodeRequest& request,
+                            grpc::ServerWriter<replay::v1::GetEpisodeResponse>& stream);
   absl::Status DoAcquireLearner(const replay::v1::AcquireLearnerRequest& request,
                                 replay::v1::AcquireLearnerResponse& response);
   absl::Status DoReserveUpdates(const ServerContext& context, const replay::v1::ReserveUpdatesRequest& request,
@@ -274,7 +346,7 @@ absl::Status ReplayServerImpl::DoBeginEpisode(const ServerContext& context,
   if (assignment->run_complete) return absl::OkStatus();
   response.set_episode_id(assignment->episode_id);
   response.set_mode(ToProto(assignment->mode));
-  response.set_task(experiment_.environment().task());
+  response.set_task(assignment->task);
   response.set_seed(assignment->seed);
   response.set_lease_seconds(experiment_.collection().lease_seconds());
   return absl::OkStatus();
@@ -302,20 +374,20 @@ absl::Status ReplayServerImpl::DoAppendChunks(ServerContext& context, AppendStre
     if (!request.has_chunk()) continue;
     response.set_episode_id(request.chunk().episode_id());
     response.set_first_row(request.chunk().first_row());
-    RETURN_IF_ERROR(AppendOne(request));
+    RETURN_IF_ERROR(AppendOne(context, request));
     if (!stream.Write(response)) return absl::CancelledError("the caller is gone");
   }
   return absl::OkStatus();
 }
 
 // OK means: in the store and counted.
-absl::Status ReplayServerImpl::AppendOne(replay::v1::AppendChunksRequest& request) {
+absl::Status ReplayServerImpl::AppendOne(const ServerContext& context, replay::v1::AppendChunksRequest& request) {
   const absl::Time start = absl::Now();
   ASSIGN_OR_RETURN(const Chunk chunk, FromProto(std::move(*request.mutable_chunk())));
   RETURN_IF_ERROR(CheckBelongs(chunk));
   RETURN_IF_ERROR(CheckPayload(chunk));
   const bool repeated = data_set_.Contains(chunk.info.key);
-  RETURN_IF_ERROR(store_->Append(chunk));
+  RETURN_IF_ERROR(StoreChunk(context, chunk));
   RETURN_IF_ERROR(coordinator_.RecordChunk(chunk.info));
   progress_.Ring();
   metrics_.append_seconds.Observe(absl::ToDoubleSeconds(absl::Now() - start));
@@ -324,6 +396,23 @@ absl::Status ReplayServerImpl::AppendOne(replay::v1::AppendChunksRequest& reques
   metrics_.chunks.Increment();
   metrics_.bytes.Increment(static_cast<double>(chunk.info.payload_bytes));
   return absl::OkStatus();
+}
+
+// Tries again for a while: a store that was restarted comes back, eviction makes room in a full one.
+absl::Status ReplayServerImpl::StoreChunk(const ServerContext& context, const Chunk& chunk) {
+  const absl::Time limit =
+      std::min(absl::Now() + kAppendPatience, absl::FromChrono(context.deadline()) - kDeadlineMargin);
+  Backoff backoff(kFirstRetry, kLastRetry);
+  while (true) {
+    const absl::Time start = absl::Now();
+    const absl::Status status = store_->Append(chunk);
+    const bool full = absl::IsResourceExhausted(status);
+    if (!full && !absl::IsUnavailable(status)) return status;
+    const bool waited = data_set_.changes().Sleep(std::min(limit, absl::Now() + backoff.Next()));
+    (full ? metrics_.append_full : metrics_.append_away).Increment(absl::ToDoubleSeconds(absl::Now() - start));
+    if (!waited) return absl::UnavailableError("replay is shutting down");
+    if (absl::Now() >= limit || context.IsCancelled()) return status;
+  }
 }
 
 // The run's identity is read again when it does not fit: another replica may just have begun the run.
@@ -420,26 +509,38 @@ absl::Status ReplayServerImpl::DoSampleSequences(const ServerContext& context,
   RETURN_IF_ERROR(CheckRange("batch_size", request.batch_size(), 1, kMaxBatch));
   RETURN_IF_ERROR(CheckRange("sequence_length", request.sequence_length(), 1, kMaxChunkRows));
   if (request.batches() < 0) return Invalid("batches is ", request.batches(), ": expected at least 0");
+  ASSIGN_OR_RETURN(const std::unique_ptr<Sampler> sampler, SamplerOf(request.sampler()));
   RETURN_IF_ERROR(AwaitCaughtUp(context));
   std::mt19937_64 random(request.seed());
   if (request.seed() == 0) random.seed((uint64_t{std::random_device()()} << 32) | std::random_device()());
-  for (int64_t number = 0; request.batches() == 0 || number < request.batches(); ++number) {
-    ASSIGN_OR_RETURN(const ArrayMap batch, DrawBatch(context, request, random));
-    RETURN_IF_ERROR(SendBatch(number, batch, stream));
+  const auto draw = [&](int64_t number) {
+    return std::async(std::launch::async, [&, number]() -> absl::StatusOr<std::vector<SamplePart>> {
+      ASSIGN_OR_RETURN(ArrayMap batch, DrawBatch(context, request, *sampler, random));
+      return Split(number, std::move(batch));
+    });
+  };
+  std::future<absl::StatusOr<std::vector<SamplePart>>> next = draw(0);  // waits for its thread when it goes out of scope
+  for (int64_t number = 0;; ++number) {
+    ASSIGN_OR_RETURN(const std::vector<SamplePart> parts, next.get());
+    const bool last = number + 1 == request.batches();
+    if (!last) next = draw(number + 1);  // while this one is being sent
+    for (const SamplePart& part : parts) {
+      if (!stream.Write(part)) return absl::CancelledError("the caller is gone");
+    }
     metrics_.sequences.Increment(request.batch_size());
+    if (last) return absl::OkStatus();
     if (data_set_.changes().stopped()) return absl::UnavailableError("replay is shutting down");
   }
-  return absl::OkStatus();
 }
 
 absl::StatusOr<ArrayMap> ReplayServerImpl::DrawBatch(const ServerContext& context,
                                                      const replay::v1::SampleSequencesRequest& request,
-                                                     std::mt19937_64& random) {
+                                                     const Sampler& sampler, std::mt19937_64& random) {
   while (true) {
     const int64_t seen = data_set_.changes().rings();
     const absl::Time start = absl::Now();
     const std::vector<Sequence> sequences =
-        data_set_.Sample(request.sequence_length(), request.batch_size(), random);
+        data_set_.Sample(sampler, request.sequence_length(), request.batch_size(), random);
     if (!sequences.empty()) {
       absl::StatusOr<ArrayMap> batch = reader_.Read(sequences);
       metrics_.sample_seconds.Observe(absl::ToDoubleSeconds(absl::Now() - start));
@@ -450,25 +551,51 @@ absl::StatusOr<ArrayMap> ReplayServerImpl::DrawBatch(const ServerContext& contex
   }
 }
 
-absl::Status ReplayServerImpl::SendBatch(int64_t number, const ArrayMap& batch, SampleStream& stream) {
-  size_t fields_left = batch.size();
-  for (const auto& [name, array] : batch) {
-    --fields_left;
-    const int64_t sequences = array.shape[0];
-    const int64_t sequence_bytes = static_cast<int64_t>(array.bytes.size()) / sequences;
-    const int64_t per_part = std::clamp<int64_t>(kPartBytes / std::max<int64_t>(sequence_bytes, 1), 1, sequences);
-    for (int64_t first = 0; first < sequences; first += per_part) {
-      const int64_t count = std::min(per_part, sequences - first);
-      replay::v1::SampleSequencesResponse response;
-      response.set_batch(number);
-      response.set_first_sequence(static_cast<int32_t>(first));
-      response.set_last_part(fields_left == 0 && first + count == sequences);
-      response.mutable_field()->set_name(name);
-      common::v1::Tensor& tensor = *response.mutable_field()->mutable_tensor();
-      tensor.set_data_type(static_cast<common::v1::DataType>(array.dtype));
-      tensor.add_shape(count);
-      for (size_t i = 1; i < array.shape.size(); ++i) tensor.add_shape(array.shape[i]);
-      tensor.set_data(array.bytes.substr(first * sequence_bytes, count * sequence_bytes));
+absl::Status ReplayServerImpl::DoListEpisodes(const ServerContext& context,
+                                              const replay::v1::ListEpisodesRequest& request,
+                                              replay::v1::ListEpisodesResponse& response) {
+  RETURN_IF_ERROR(CheckRun(request.run()));
+  if (request.first_episode_id() < 0) {
+    return Invalid("first_episode_id is ", request.first_episode_id(), ": expected at least 0");
+  }
+  RETURN_IF_ERROR(CheckRange("page_size", request.page_size(), 0, kMaxPage));
+  std::optional<EpisodeMode> mode;
+  if (request.mode() != replay::v1::EPISODE_MODE_UNSPECIFIED) {
+    ASSIGN_OR_RETURN(mode, FromProto(request.mode()));
+  }
+  RETURN_IF_ERROR(AwaitCaughtUp(context));
+  const int page = request.page_size() == 0 ? kDefaultPage : request.page_size();
+  int64_t next = 0;
+  for (const std::vector<ChunkInfo>& episode : data_set_.Episodes(request.first_episode_id(), page, mode, next)) {
+    *response.add_episodes() = Summarise(episode);
+  }
+  response.set_next_episode_id(next);
+  return absl::OkStatus();
+}
+
+absl::Status ReplayServerImpl::DoGetEpisode(const ServerContext& context, const replay::v1::GetEpisodeRequest& request,
+                                            grpc::ServerWriter<replay::v1::GetEpisodeResponse>& stream) {
+  RETURN_IF_ERROR(CheckRun(request.run()));
+  const int64_t id = request.episode_id();
+  if (id < 1) return Invalid("episode_id is ", id, ": expected at least 1");
+  RETURN_IF_ERROR(AwaitCaughtUp(context));
+  int64_t next = 0;
+  const std::vector<std::vector<ChunkInfo>> found = data_set_.Episodes(id, 1, std::nullopt, next);
+  if (found.empty() || found[0][0].key.episode_id != id) {
+    return absl::NotFoundError(absl::StrCat("episode ", id, " is not stored"));
+  }
+  const std::vector<ChunkInfo>& infos = found[0];
+  for (size_t i = 0; i < infos.size();) {
+    std::vector<ChunkKey> keys;
+    for (int64_t bytes = 0; i < infos.size() && (keys.empty() || bytes + infos[i].payload_bytes <= kBytesPerRead); ++i) {
+      keys.push_back(infos[i].key);
+      bytes += infos[i].payload_bytes;
+    }
+    ASSIGN_OR_RETURN(const std::vector<std::optional<Chunk>> chunks, store_->Read(keys));
+    for (const std::optional<Chunk>& chunk : chunks) {
+      if (!chunk.has_value()) return absl::NotFoundError(absl::StrCat("a chunk of episode ", id, " was evicted meanwhile"));
+      replay::v1::GetEpisodeResponse response;
+      *response.mutable_chunk() = ToProto(*chunk);
       if (!stream.Write(response)) return absl::CancelledError("the caller is gone");
     }
   }
@@ -577,6 +704,7 @@ absl::Status ReplayServerImpl::DoGetStats(const ServerContext& context, const re
 absl::StatusOr<std::unique_ptr<ReplayServer>> ReplayServer::Create(Options options) {
   if (options.experiment.name().empty()) return absl::InvalidArgumentError("name is not set: replay serves one run by name");
   RETURN_IF_ERROR(ValidatePacing(options.experiment));
+  RETURN_IF_ERROR(ValidateSequences(options.experiment));
   return std::make_unique<ReplayServerImpl>(options);
 }
 

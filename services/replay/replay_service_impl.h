@@ -29,7 +29,8 @@ class ReplayServer {
     Store* store = nullptr;  // not owned; must outlive the server
     std::shared_ptr<prometheus::Registry> registry;
   };
-  // INVALID_ARGUMENT for an experiment without a name or one whose pacing could never make progress.
+  // INVALID_ARGUMENT for an experiment without a name, one whose pacing could never make progress, or one in which no
+  // sequence could ever be whole.
   static absl::StatusOr<std::unique_ptr<ReplayServer>> Create(Options options);
   virtual ~ReplayServer() = default;
   virtual grpc::Service* service() = 0;

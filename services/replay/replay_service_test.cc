@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <map>
+#include <random>
 #include <set>
 #include <thread>
 
@@ -11,6 +13,7 @@
 #include "absl/time/clock.h"
 #include "libs/base/status.h"
 #include "libs/base/status_matchers.h"
+#include "libs/base/testing.h"
 #include "libs/client/channel.h"
 #include "libs/client/chunk_proto.h"
 #include "libs/client/replay_client.h"
@@ -18,6 +21,7 @@
 #include "libs/replay/chunk_codec.h"
 #include "libs/replay/memory_store.h"
 #include "libs/replay/testing/fault_store.h"
+#include "libs/replay/testing/redis_server.h"
 #include "libs/telemetry/metrics.h"
 #include "libs/telemetry/service_host.h"
 
@@ -48,8 +52,12 @@ class FlakyStore : public Store {
  public:
   explicit FlakyStore(Store* store) : store_(store) {}
   std::atomic<bool> away = false;
+  std::atomic<bool> full = false;  // for appends only
 
-  absl::Status Append(const Chunk& chunk) override { return away ? Away() : store_->Append(chunk); }
+  absl::Status Append(const Chunk& chunk) override {
+    if (full) return absl::ResourceExhaustedError("the store is full");
+    return away ? Away() : store_->Append(chunk);
+  }
   absl::StatusOr<std::vector<std::optional<Chunk>>> Read(absl::Span<const ChunkKey> keys) override {
     if (away) return Away();
     return store_->Read(keys);
@@ -116,6 +124,11 @@ class Served {
   double Value(const std::string& name, const prometheus::Labels& labels = {}) {
     return AddCounter(*registry, name, "", labels).Value();
   }
+  // Batches drawn by SampleSequences.
+  int64_t Drawn() {
+    const prometheus::ClientMetric metric = AddHistogram(*registry, "replay_sample_seconds", "", SecondsBuckets()).Collect();
+    return static_cast<int64_t>(metric.histogram.sample_count);
+  }
   std::string address() const { return absl::StrCat("127.0.0.1:", host->port()); }
 
   const std::shared_ptr<prometheus::Registry> registry = std::make_shared<prometheus::Registry>();
@@ -152,6 +165,21 @@ Chunk MakeChunk(const std::string& run_id, int64_t episode, int64_t first_row, i
   chunk.info.end = end;
   chunk.info.specification_hash = kHash;
   auto payload = EncodeRows(fields);
+  EXPECT_OK(payload);
+  chunk.payload = *std::move(payload);
+  chunk.info.payload_bytes = static_cast<int64_t>(chunk.payload.size());
+  return chunk;
+}
+
+// One row with so many bytes that cannot be packed.
+Chunk MakeNoisyChunk(const std::string& run_id, int64_t episode, int64_t row, int64_t bytes) {
+  Chunk chunk = MakeChunk(run_id, episode, row, 1);
+  auto fields = DecodeRows(chunk.payload, 1);
+  EXPECT_OK(fields);
+  std::mt19937 random(static_cast<uint32_t>(row));
+  Array& noise = (*fields)["noise"] = Array::Zeros(DType::kUInt8, {1, bytes});
+  for (char& byte : noise.bytes) byte = static_cast<char>(random());
+  auto payload = EncodeRows(*fields);
   EXPECT_OK(payload);
   chunk.payload = *std::move(payload);
   chunk.info.payload_bytes = static_cast<int64_t>(chunk.payload.size());
@@ -248,7 +276,7 @@ class ReplayServiceTest : public ::testing::Test {
 TEST_F(ReplayServiceTest, AcknowledgesWhatIsInTheStore) {
   Start();
   const auto episode = Begin(*client_);
-  EXPECT_EQ(episode.task, "point_pixels");
+  EXPECT_EQ(episode.assignment.task, "point_pixels");
   EXPECT_EQ(episode.lease_seconds, 60);
   const std::string run = episode.assignment.run_id;
   const std::vector<Chunk> chunks = {MakeChunk(run, 1, 0, 5), MakeChunk(run, 1, 5, 3, EpisodeEnd::kTruncated)};
@@ -385,16 +413,21 @@ TEST_F(ReplayServiceTest, EvictsTheOldestBeyondTheLimit) {
   EXPECT_TRUE(stored[2].has_value() && stored[3].has_value());
 }
 
-// Batches of a SampleSequences call: fields by name, in the order of sequences.
-absl::StatusOr<std::vector<ArrayMap>> SampleRaw(const std::shared_ptr<grpc::Channel>& channel, int batch_size, int length,
-                                                int64_t batches, uint64_t seed, absl::Time deadline, int* parts = nullptr) {
-  auto stub = ReplayService::NewStub(channel);
+replay::v1::SampleSequencesRequest SampleRequest(int batch_size, int length, int64_t batches, uint64_t seed) {
   replay::v1::SampleSequencesRequest request;
   request.set_run(kRun);
   request.set_batch_size(batch_size);
   request.set_sequence_length(length);
   request.set_batches(batches);
   request.set_seed(seed);
+  return request;
+}
+
+// Batches of a SampleSequences call: fields by name, in the order of sequences.
+absl::StatusOr<std::vector<ArrayMap>> SampleRaw(const std::shared_ptr<grpc::Channel>& channel,
+                                                const replay::v1::SampleSequencesRequest& request, absl::Time deadline,
+                                                int* parts = nullptr) {
+  auto stub = ReplayService::NewStub(channel);
   grpc::ClientContext context;
   context.set_deadline(absl::ToChronoTime(deadline));
   auto stream = stub->SampleSequences(&context, request);
@@ -419,6 +452,24 @@ absl::StatusOr<std::vector<ArrayMap>> SampleRaw(const std::shared_ptr<grpc::Chan
   result.pop_back();
   RETURN_IF_ERROR(FromGrpc(stream->Finish()));
   return result;
+}
+
+absl::StatusOr<std::vector<ArrayMap>> SampleRaw(const std::shared_ptr<grpc::Channel>& channel, int batch_size, int length,
+                                                int64_t batches, uint64_t seed, absl::Time deadline, int* parts = nullptr) {
+  return SampleRaw(channel, SampleRequest(batch_size, length, batches, seed), deadline, parts);
+}
+
+// Episode and first row of every sequence of the batches.
+std::set<std::pair<int64_t, int64_t>> StartsOf(const std::vector<ArrayMap>& batches) {
+  std::set<std::pair<int64_t, int64_t>> starts;
+  for (const ArrayMap& batch : batches) {
+    const Array& place = batch.at("place");
+    for (int64_t s = 0; s < place.shape[0]; ++s) {
+      const auto first = place.as<int64_t>().subspan(s * place.shape[1] * 2);
+      starts.insert({first[0], first[1]});
+    }
+  }
+  return starts;
 }
 
 TEST_F(ReplayServiceTest, SampledSequencesNeverCrossAnEpisode) {
@@ -488,6 +539,129 @@ TEST_F(ReplayServiceTest, SamplingWaitsForEnoughRows) {
   sampler.join();
   ASSERT_OK(batches);
   EXPECT_EQ(batches->size(), 1u);
+}
+
+TEST_F(ReplayServiceTest, SamplesByTheRuleAskedFor) {
+  Start();
+  const std::string run = Begin(*client_).assignment.run_id;
+  Chunk other_task = MakeChunk(run, 2, 0, 6);
+  other_task.info.task = 1;
+  ASSERT_OK(AppendAll(channel_, {MakeChunk(run, 1, 0, 6), other_task, MakeChunk(run, 1, 6, 2)}));
+  auto watcher = ChunkWatcher::Create(channel_, kRun);
+  Mirror mirror;
+  ASSERT_OK(mirror.TakeUntilLive(*watcher, 3));
+  using Starts = std::set<std::pair<int64_t, int64_t>>;
+  replay::v1::SampleSequencesRequest request = SampleRequest(50, 4, 10, 1);
+  request.mutable_sampler()->mutable_recency()->set_share(1);
+  request.mutable_sampler()->mutable_recency()->set_newest_rows(2);
+  ASSERT_OK_AND_ASSIGN(const auto newest, SampleRaw(channel_, request, Soon()));
+  EXPECT_EQ(StartsOf(newest), (Starts{{1, 3}, {1, 4}}));
+  request.mutable_sampler()->mutable_recency()->set_share(0.5);
+  const Starts all = {{1, 0}, {1, 1}, {1, 2}, {1, 3}, {1, 4}, {2, 0}, {2, 1}, {2, 2}};
+  ASSERT_OK_AND_ASSIGN(const auto mixed, SampleRaw(channel_, request, Soon()));
+  EXPECT_EQ(StartsOf(mixed), all);
+  request.mutable_sampler()->mutable_tasks();
+  ASSERT_OK_AND_ASSIGN(const auto tasks, SampleRaw(channel_, request, Soon()));
+  EXPECT_EQ(StartsOf(tasks), all);
+  request.mutable_sampler()->mutable_tasks()->add_weights(0);
+  request.mutable_sampler()->mutable_tasks()->add_weights(1);
+  ASSERT_OK_AND_ASSIGN(const auto second, SampleRaw(channel_, request, Soon()));
+  EXPECT_EQ(StartsOf(second), (Starts{{2, 0}, {2, 1}, {2, 2}}));
+  // There is nothing of the third task.
+  request.mutable_sampler()->mutable_tasks()->set_weights(1, 0);
+  request.mutable_sampler()->mutable_tasks()->add_weights(1);
+  EXPECT_THAT(SampleRaw(channel_, request, absl::Now() + absl::Milliseconds(300)),
+              StatusIs(absl::StatusCode::kDeadlineExceeded));
+  request.mutable_sampler()->mutable_tasks()->set_weights(1, -1);
+  EXPECT_THAT(SampleRaw(channel_, request, Soon()),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("weights[1] is -1")));
+  request.mutable_sampler()->mutable_recency();
+  EXPECT_THAT(SampleRaw(channel_, request, Soon()),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("newest_rows is 0")));
+}
+
+TEST_F(ReplayServiceTest, DrawsTheNextBatchWhileOneIsSentButNoMore) {
+  Start();
+  const std::string run = Begin(*client_).assignment.run_id;
+  ASSERT_OK(AppendAll(channel_, {MakeChunk(run, 1, 0, 50)}));
+  auto stub = ReplayService::NewStub(channel_);
+  grpc::ClientContext context;
+  context.set_deadline(absl::ToChronoTime(Soon()));
+  auto stream = stub->SampleSequences(&context, SampleRequest(4, 10, 0, 1));
+  replay::v1::SampleSequencesResponse response;
+  for (int64_t batch = 0; batch < 5; ++batch) {
+    do {
+      ASSERT_TRUE(stream->Read(&response));
+    } while (response.batch() < batch);
+    // Nobody reads on, and the next batch gets ready all the same: this would not end otherwise.
+    while (served_->Drawn() < batch + 2) {
+      ASSERT_FALSE(context.deadline() < std::chrono::system_clock::now());
+      std::this_thread::yield();
+    }
+    EXPECT_EQ(served_->Drawn(), batch + 2);
+  }
+  context.TryCancel();
+  EXPECT_EQ(stream->Finish().error_code(), grpc::StatusCode::CANCELLED);
+}
+
+TEST_F(ReplayServiceTest, ListsEpisodesAndSendsTheirChunks) {
+  Start();
+  const std::string run = Begin(*client_).assignment.run_id;
+  Chunk planned = MakeChunk(run, 2, 3, 4, EpisodeEnd::kTerminated, EpisodeMode::kTrain);
+  planned.info.reward_sum = 2.5;
+  planned.info.snapshot_version = {1, 20};
+  const std::vector<Chunk> chunks = {
+      MakeChunk(run, 1, 0, 5), MakeChunk(run, 2, 0, 3, EpisodeEnd::kContinues, EpisodeMode::kTrain), planned,
+      MakeChunk(run, 7, 0, 3, EpisodeEnd::kTruncated, EpisodeMode::kEvaluate), MakeChunk(run, 9, 0, 3)};
+  ASSERT_OK(AppendAll(channel_, chunks));
+  auto watcher = ChunkWatcher::Create(channel_, kRun, /*include_evaluation=*/true);
+  Mirror mirror;
+  ASSERT_OK(mirror.TakeUntilLive(*watcher, chunks.size()));
+  const auto any = replay::v1::EPISODE_MODE_UNSPECIFIED;
+  ASSERT_OK_AND_ASSIGN(const auto page, client_->ListEpisodes(0, 2, any, Soon()));
+  ASSERT_EQ(page.episodes_size(), 2);
+  EXPECT_EQ(page.next_episode_id(), 7);
+  EXPECT_EQ(page.episodes(0).episode_id(), 1);
+  const replay::v1::EpisodeSummary& episode = page.episodes(1);
+  EXPECT_EQ(episode.episode_id(), 2);
+  EXPECT_EQ(episode.mode(), replay::v1::TRAIN);
+  EXPECT_EQ(episode.end(), replay::v1::TERMINATED);
+  EXPECT_EQ(episode.rows(), 7);
+  EXPECT_EQ(episode.chunks(), 2);
+  EXPECT_EQ(episode.reward_sum(), 2.5);
+  EXPECT_EQ(episode.bytes(), chunks[1].info.payload_bytes + planned.info.payload_bytes);
+  EXPECT_EQ(episode.snapshot_version().counter(), 20);
+  ASSERT_OK_AND_ASSIGN(const auto rest, client_->ListEpisodes(7, 2, any, Soon()));
+  ASSERT_EQ(rest.episodes_size(), 2);
+  EXPECT_EQ(rest.episodes(1).episode_id(), 9);
+  EXPECT_EQ(rest.next_episode_id(), 0);
+  ASSERT_OK_AND_ASSIGN(const auto evaluation, client_->ListEpisodes(0, 10, replay::v1::EVALUATE, Soon()));
+  ASSERT_EQ(evaluation.episodes_size(), 1);
+  EXPECT_EQ(evaluation.episodes(0).episode_id(), 7);
+
+  EXPECT_THAT(client_->GetEpisode(2, Soon()), IsOkAndHolds(::testing::ElementsAre(chunks[1], planned)));
+  using enum absl::StatusCode;
+  EXPECT_THAT(client_->GetEpisode(3, Soon()), StatusIs(kNotFound, HasSubstr("episode 3")));
+  EXPECT_THAT(client_->GetEpisode(0, Soon()), StatusIs(kInvalidArgument, HasSubstr("episode_id")));
+  EXPECT_THAT(client_->ListEpisodes(-1, 10, any, Soon()), StatusIs(kInvalidArgument, HasSubstr("first_episode_id")));
+  EXPECT_THAT(client_->ListEpisodes(0, 1001, any, Soon()), StatusIs(kInvalidArgument, HasSubstr("page_size")));
+  EXPECT_THAT(client_->ListEpisodes(0, 10, static_cast<replay::v1::EpisodeMode>(9), Soon()),
+              StatusIs(kInvalidArgument, HasSubstr("mode")));
+  ASSERT_OK(store_->Evict({{2, 0}, {2, 3}}));
+  EXPECT_THAT(client_->GetEpisode(2, Soon()), StatusIs(kNotFound, HasSubstr("episode 2")));  // whether the index knows or not
+}
+
+TEST_F(ReplayServiceTest, SendsALongEpisodeByTheByte) {
+  Start();
+  const std::string run = Begin(*client_).assignment.run_id;
+  std::vector<Chunk> chunks;
+  for (int i = 0; i < 12; ++i) chunks.push_back(MakeNoisyChunk(run, 1, i, 1 << 20));
+  ASSERT_OK(AppendAll(channel_, chunks));
+  auto watcher = ChunkWatcher::Create(channel_, kRun);
+  Mirror mirror;
+  ASSERT_OK(mirror.TakeUntilLive(*watcher, chunks.size()));
+  ASSERT_OK_AND_ASSIGN(const std::vector<Chunk> sent, client_->GetEpisode(1, Soon()));
+  EXPECT_TRUE(sent == chunks);
 }
 
 TEST_F(ReplayServiceTest, AlternatesCollectingAndLearning) {
@@ -652,6 +826,8 @@ TEST_F(ReplayServiceTest, BadRequestsGetTheRightCode) {
     EXPECT_THAT(client->PutSnapshot({{1, 1}, "12345678"}, Soon()), StatusIs(code));
     EXPECT_THAT(client->GetSnapshot(Soon()), StatusIs(code));
     EXPECT_THAT(client->GetStats(Soon()), StatusIs(code));
+    EXPECT_THAT(client->ListEpisodes(0, 1, replay::v1::TRAIN, Soon()), StatusIs(code));
+    EXPECT_THAT(client->GetEpisode(1, Soon()), StatusIs(code));
     auto watcher = ChunkWatcher::Create(channel_, client->run());
     EXPECT_THAT(watcher->Next(Soon()), StatusIs(code));
   }
@@ -692,6 +868,40 @@ TEST_F(ReplayServiceTest, NothingIsAcknowledgedWhileTheStoreIsAway) {
   served.AwaitReady(true);
   ASSERT_OK_AND_ASSIGN(const auto stored, store_->Read({{1, 5}}));
   EXPECT_TRUE(stored[0].has_value());
+}
+
+TEST_F(ReplayServiceTest, AppendsWaitForRoomThenSayThatTheStoreIsFull) {
+  FlakyStore flaky(store_.get());
+  Served served(&flaky, MakeExperiment());
+  auto channel = served.host->InProcessChannel();
+  ReplayClient client(channel, kRun);
+  const std::string run = Begin(client).assignment.run_id;
+  const prometheus::Labels full = {{"store", "full"}};
+  flaky.full = true;
+  auto writer = ReplayWriter::Create(channel, kRun, {});
+  ASSERT_OK(writer->Append(MakeChunk(run, 1, 0, 5), Soon()));
+  while (served.Value("replay_append_blocked_seconds_total", full) == 0) std::this_thread::yield();
+  flaky.full = false;
+  ASSERT_OK(writer->Flush(Soon()));
+
+  flaky.full = true;
+  std::vector<ChunkKey> acknowledged;
+  EXPECT_THAT(AppendRaw(channel, {RequestFor(MakeChunk(run, 1, 5, 5))}, &acknowledged),
+              StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("full")));
+  EXPECT_TRUE(acknowledged.empty());
+  EXPECT_EQ(served.Value("replay_append_blocked_seconds_total", {{"store", "away"}}), 0);
+  // The writer keeps the chunk, no more than it may, and brings it once there is room.
+  ReplayWriter::Options small;
+  small.max_unacknowledged_bytes = 1;
+  auto bounded = ReplayWriter::Create(channel, kRun, small);
+  ASSERT_OK(bounded->Append(MakeChunk(run, 1, 5, 5), Soon()));
+  EXPECT_THAT(bounded->Append(MakeChunk(run, 1, 10, 5), absl::Now() + absl::Milliseconds(200)),
+              StatusIs(absl::StatusCode::kDeadlineExceeded));
+  flaky.full = false;
+  ASSERT_OK(bounded->Append(MakeChunk(run, 1, 10, 5), Soon()));
+  ASSERT_OK(bounded->Flush(Soon()));
+  ASSERT_OK_AND_ASSIGN(const auto stored, store_->Read({{1, 0}, {1, 5}, {1, 10}}));
+  EXPECT_TRUE(stored[0].has_value() && stored[1].has_value() && stored[2].has_value());
 }
 
 TEST_F(ReplayServiceTest, EverythingArrivesThoughTheStoreFailsNowAndThen) {
@@ -778,6 +988,36 @@ TEST_F(ReplayServiceTest, WriterAndWatcherSurviveRestartsOnTheSamePort) {
   EXPECT_EQ(stats.chunks(), kChunks);
   EXPECT_EQ(stats.rows_appended(), kChunks);
   for (int i = 0; i < kChunks; ++i) EXPECT_EQ(mirror.live.at({1, i}), MakeChunk(run, 1, i, 1));
+}
+
+// A learner that was away for an hour: the log still reaches back, or it does not.
+TEST_F(ReplayServiceTest, AWatcherThatWasAwayGoesOnOrBeginsAnew) {
+  for (const int log_length : {100, 10}) {
+    const std::unique_ptr<Store> store = MakeMemoryStore({.change_log_length = log_length});
+    std::optional<Served> served;
+    served.emplace(store.get(), MakeExperiment(), "127.0.0.1:0");
+    const std::string address = served->address();
+    ASSERT_OK_AND_ASSIGN(auto channel, MakeChannel(address));
+    ReplayClient client(channel, kRun);
+    const std::string run = Begin(client).assignment.run_id;
+    ASSERT_OK(AppendAll(channel, {MakeChunk(run, 1, 0, 5), MakeChunk(run, 1, 5, 5)}));
+    auto watcher = ChunkWatcher::Create(channel, kRun);
+    Mirror mirror;
+    ASSERT_OK(mirror.TakeUntilLive(*watcher, 2));
+    served.reset();  // the watcher is cut off, and much happens meanwhile
+    for (int i = 0; i < 20; ++i) ASSERT_OK(store->Append(MakeChunk(run, 2, i, 1)));
+    ASSERT_OK(store->Evict({{1, 0}, {2, 3}}));
+    served.emplace(store.get(), MakeExperiment(), address);
+    while (mirror.live.size() != 20 || mirror.live.contains({1, 0})) ASSERT_OK(mirror.Take(*watcher));
+    EXPECT_FALSE(mirror.live.contains({2, 3}));
+    EXPECT_TRUE(mirror.live.contains({1, 5}));
+    EXPECT_EQ(mirror.resets, log_length == 100 ? 0 : 1);
+    EXPECT_EQ(mirror.live.at({2, 19}), MakeChunk(run, 2, 19, 1));
+    // And it follows again.
+    ASSERT_OK(AppendAll(channel, {MakeChunk(run, 3, 0, 5)}));
+    while (!mirror.live.contains({3, 0})) ASSERT_OK(mirror.Take(*watcher));
+    EXPECT_EQ(mirror.resets, log_length == 100 ? 0 : 1);
+  }
 }
 
 TEST_F(ReplayServiceTest, WatcherBeginsAnewOnOtherData) {
@@ -871,11 +1111,106 @@ TEST_F(ReplayServiceTest, ShutdownWakesEveryWaitingHandler) {
   for (std::thread& thread : threads) thread.join();
 }
 
+// What goes in at one replica is sampled and listed at the other one, and the other way round.
+void ExpectOneDataSet(Store* first_store, Store* second_store) {
+  Served first(first_store, MakeExperiment()), second(second_store, MakeExperiment());
+  auto at_first = first.host->InProcessChannel(), at_second = second.host->InProcessChannel();
+  ReplayClient first_client(at_first, kRun), second_client(at_second, kRun);
+  const auto one = Begin(first_client).assignment, two = Begin(second_client).assignment;
+  EXPECT_EQ(one.run_id, two.run_id);
+  EXPECT_EQ(one.episode_id, 1);
+  EXPECT_EQ(two.episode_id, 2);
+  ASSERT_OK(AppendAll(at_first, {MakeChunk(one.run_id, 1, 0, 4)}));
+  ASSERT_OK_AND_ASSIGN(const auto batches, SampleRaw(at_second, 8, 4, 1, 1, Soon()));
+  EXPECT_EQ(StartsOf(batches), (std::set<std::pair<int64_t, int64_t>>{{1, 0}}));
+  EXPECT_THAT(second_client.GetEpisode(1, Soon()), IsOkAndHolds(::testing::ElementsAre(MakeChunk(one.run_id, 1, 0, 4))));
+  // The same chunk through the other one is stored once.
+  ASSERT_OK(AppendAll(at_second, {MakeChunk(one.run_id, 1, 0, 4), MakeChunk(one.run_id, 2, 0, 5)}));
+  auto watcher = ChunkWatcher::Create(at_first, kRun);
+  Mirror mirror;
+  ASSERT_OK(mirror.TakeUntilLive(*watcher, 2));
+  ASSERT_OK_AND_ASSIGN(const auto stats, first_client.GetStats(Soon()));
+  EXPECT_EQ(stats.rows_appended(), 9);
+}
+
+TEST(Replicas, ServeOneDataSetInMemory) {
+  const std::unique_ptr<Store> store = MakeMemoryStore();
+  ExpectOneDataSet(store.get(), store.get());
+}
+
+TEST(Replicas, ServeOneDataSetInRedis) {
+  TempDir folder;
+  ASSERT_OK_AND_ASSIGN(const auto redis, RedisServer::Start(folder.path()));
+  const StoreOptions options = {.location = redis->url(), .run = kRun, .partitions = 2};
+  ASSERT_OK_AND_ASSIGN(const auto first, OpenStore(options));
+  ASSERT_OK_AND_ASSIGN(const auto second, OpenStore(options));
+  ExpectOneDataSet(first.get(), second.get());
+}
+
+TEST(ReplayServer, AppendsWaitForARedisThatIsGone) {
+  TempDir folder;
+  ASSERT_OK_AND_ASSIGN(const auto redis, RedisServer::Start(folder.path()));
+  ASSERT_OK_AND_ASSIGN(const auto store, OpenStore({.location = redis->url(), .run = kRun, .partitions = 2}));
+  Served served(store.get(), MakeExperiment());
+  auto channel = served.host->InProcessChannel();
+  ReplayClient client(channel, kRun);
+  const std::string run = Begin(client).assignment.run_id;
+  auto writer = ReplayWriter::Create(channel, kRun, {});
+  ASSERT_OK(writer->Append(MakeChunk(run, 1, 0, 5), Soon()));
+  ASSERT_OK(writer->Flush(Soon()));
+  redis->Kill();
+  ASSERT_OK(writer->Append(MakeChunk(run, 1, 5, 5), Soon()));
+  const prometheus::Labels away = {{"store", "away"}};
+  while (served.Value("replay_append_blocked_seconds_total", away) == 0) std::this_thread::yield();
+  EXPECT_GT(writer->unacknowledged_bytes(), 0);
+  ASSERT_OK(redis->Restart());
+  ASSERT_OK(writer->Flush(Soon()));
+  served.AwaitReady(true);
+  EXPECT_THAT(store->Read({{1, 0}, {1, 5}}), IsOkAndHolds(::testing::Each(::testing::Optional(::testing::_))));
+}
+
+TEST(ReplayServer, AFullRedisTakesAppendsAgainOnceThereIsRoom) {
+  TempDir folder;
+  ASSERT_OK_AND_ASSIGN(const auto redis, RedisServer::Start(folder.path(), {"--maxmemory", "8mb"}));
+  ASSERT_OK_AND_ASSIGN(const auto store, OpenStore({.location = redis->url(), .run = kRun, .partitions = 2}));
+  Served served(store.get(), MakeExperiment());
+  auto channel = served.host->InProcessChannel();
+  ReplayClient client(channel, kRun);
+  const std::string run = Begin(client).assignment.run_id;
+  ReplayWriter::Options options;
+  options.max_unacknowledged_bytes = 1 << 20;
+  auto writer = ReplayWriter::Create(channel, kRun, options);
+  int64_t rows = 0;
+  while (served.Value("replay_append_blocked_seconds_total", {{"store", "full"}}) == 0) {
+    const absl::Status status = writer->Append(MakeNoisyChunk(run, 1, rows, 100'000), absl::Now() + absl::Milliseconds(200));
+    rows += status.ok();
+    ASSERT_TRUE(status.ok() || absl::IsDeadlineExceeded(status)) << status;
+  }
+  EXPECT_LE(writer->unacknowledged_bytes(), options.max_unacknowledged_bytes);
+  constexpr int kEvicted = 20;
+  ASSERT_GT(rows, kEvicted);
+  std::vector<ChunkKey> gone, kept;
+  for (int64_t row = 0; row < rows; ++row) (row < kEvicted ? gone : kept).push_back({1, row});
+  ASSERT_OK(store->Evict(gone));
+  ASSERT_OK(writer->Flush(Soon()));
+  EXPECT_THAT(store->Read(kept), IsOkAndHolds(::testing::Each(::testing::Optional(::testing::_))));
+}
+
 TEST(ReplayServer, RefusesAnExperimentThatCannotRun) {
   const std::unique_ptr<Store> store = MakeMemoryStore();
   auto registry = std::make_shared<prometheus::Registry>();
   EXPECT_THAT(ReplayServer::Create({MakeExperiment("replay { limiter { updates_per_row: 100 tolerance: 1 } }"), store.get(), registry}),
               StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("limiter")));
+  const auto refuse = [&](const std::string& more, const std::string& words) {
+    EXPECT_THAT(ReplayServer::Create({MakeExperiment(more), store.get(), registry}),
+                StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(words)));
+  };
+  refuse("replay { max_rows: 3 }", "replay.max_rows is 3, expected at least learning.sequence_length, 4");
+  // An episode of 10 steps, 4 at a time, has 1 + 3 rows.
+  refuse("learning { sequence_length: 5 } environment { time_limit: 10 action_repeat: 4 }",
+         "learning.sequence_length is 5, expected at most 4, the rows of an episode of task \"point_pixels\"");
+  EXPECT_OK(ReplayServer::Create({MakeExperiment("environment { time_limit: 10 action_repeat: 4 }"), store.get(),
+                                  std::make_shared<prometheus::Registry>()}));
   auto unnamed = MakeExperiment();
   unnamed.clear_name();
   EXPECT_THAT(ReplayServer::Create({unnamed, store.get(), registry}), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("name")));

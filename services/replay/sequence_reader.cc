@@ -107,6 +107,7 @@ absl::StatusOr<std::vector<SequenceReader::Rows>> SequenceReader::Load(absl::Spa
     if (i >= chunks.size() || !chunks[i].has_value()) return absl::NotFoundError(absl::StrCat(Place(keys[i]), " was evicted"));
     absl::StatusOr<ArrayMap> rows = DecodeRows(chunks[i]->payload, chunks[i]->info.rows);
     if (!rows.ok()) return Annotate(rows.status(), Place(keys[i]));
+    if (rows->empty()) return absl::DataLossError(absl::StrCat(Place(keys[i]), " has no fields"));
     loaded.push_back(std::make_shared<const ArrayMap>(*std::move(rows)));
     Insert(keys[i], loaded.back());
   }

@@ -1,25 +1,22 @@
 // A real redis-server for tests, on a free port of the loopback interface.
 #pragma once
 
-#include <sys/types.h>
-
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "libs/replay/testing/child_process.h"
 
 namespace orrery {
 
-// Not thread-safe. The server ends with this object (and with the thread that started it, should the test die).
+// Not thread-safe, but for Ask(). The server ends with this object (and with the thread that started it, should the test die).
 class RedisServer {
  public:
   // Starts redis-server with an append-only file in `folder`, synced before every answer, and waits until it answers.
   // `arguments` are added to the command line, for example {"--maxmemory", "8mb"}. NOT_FOUND: redis-server is not installed.
   static absl::StatusOr<std::unique_ptr<RedisServer>> Start(const std::string& folder, std::vector<std::string> arguments = {});
-  ~RedisServer();
-  RedisServer(const RedisServer&) = delete;
-  RedisServer& operator=(const RedisServer&) = delete;
 
   int port() const { return port_; }
   // "redis://127.0.0.1:PORT".
@@ -29,6 +26,10 @@ class RedisServer {
   // Starts it again on the same port and folder; call after Kill().
   absl::Status Restart();
 
+  // Asks it as another program would, on a connection of its own, and gives the reply as text: arrays in brackets, a missing
+  // value as "-", "no answer" when it is gone. Thread-safe.
+  std::string Ask(const std::vector<std::string>& words, const std::string& password = "") const;
+
  private:
   RedisServer(std::string folder, std::vector<std::string> arguments, int port)
       : folder_(std::move(folder)), arguments_(std::move(arguments)), port_(port) {}
@@ -37,7 +38,7 @@ class RedisServer {
   const std::string folder_;
   const std::vector<std::string> arguments_;
   const int port_;
-  pid_t pid_ = 0;
+  std::unique_ptr<ChildProcess> process_;
 };
 
 }  // namespace orrery

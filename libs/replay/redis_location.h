@@ -1,0 +1,36 @@
+// Where a Redis or a Redis Cluster is, and as whom to log in there.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+
+namespace orrery {
+
+struct RedisEndpoint {
+  std::string host;
+  int port = 0;
+  auto operator<=>(const RedisEndpoint&) const = default;
+};
+
+// "HOST:PORT".
+std::string EndpointText(const RedisEndpoint& endpoint);
+
+struct RedisLogin {
+  std::string user;      // empty: Redis's default user
+  std::string password;  // empty: no AUTH
+};
+
+struct RedisLocation {
+  bool cluster = false;
+  std::vector<RedisEndpoint> endpoints;  // never empty; one unless it is a cluster, of which it is enough to know some nodes
+  RedisLogin login;                      // the same at every node
+};
+
+// "redis://[user:password@]HOST:PORT" or "redis-cluster://[user:password@]HOST:PORT[,HOST:PORT…]"; user and password may be
+// percent-encoded. INVALID_ARGUMENT does not show the password.
+absl::StatusOr<RedisLocation> ParseRedisLocation(absl::string_view url);
+
+}  // namespace orrery
