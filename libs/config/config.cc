@@ -59,6 +59,26 @@ absl::StatusOr<config::v1::Experiment> LoadExperiment(const std::string& path,
   return experiment;
 }
 
+std::vector<config::v1::Environment> TaskEnvironments(const config::v1::Environment& environment) {
+  if (environment.tasks().empty()) return {environment};
+  std::vector<config::v1::Environment> all;
+  for (const config::v1::Task& task : environment.tasks()) {
+    config::v1::Environment& one = all.emplace_back(environment);
+    one.clear_tasks();
+    one.set_task(task.name());
+    if (task.has_action_repeat()) one.set_action_repeat(task.action_repeat());
+    if (task.has_time_limit()) one.set_time_limit(task.time_limit());
+  }
+  return all;
+}
+
+double StepsPerRow(const config::v1::Environment& environment) {
+  const std::vector<config::v1::Environment> tasks = TaskEnvironments(environment);
+  double rows_per_step = 0;
+  for (const config::v1::Environment& task : tasks) rows_per_step += 1.0 / task.action_repeat();
+  return static_cast<double>(tasks.size()) / rows_per_step;
+}
+
 int ActionSize(const config::v1::Model& model) {
   return IsDiscrete(model) ? model.action().discrete().size() : model.action().continuous().size();
 }

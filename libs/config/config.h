@@ -33,6 +33,11 @@ absl::Status Validate(const config::v1::Experiment& experiment);
 absl::Status Validate(const config::v1::Model& model, bool complete);
 absl::Status Validate(const config::v1::Planner& planner);
 
+// One environment for each task, in the configuration's order, with `task` and whatever `tasks` says of it. At least one.
+std::vector<config::v1::Environment> TaskEnvironments(const config::v1::Environment& environment);
+// Simulator steps of a row, averaged over tasks that are played equally often and for equally many simulator steps.
+double StepsPerRow(const config::v1::Environment& environment);
+
 // Dimensions of the action vector: size of a continuous one, choices of a discrete one. The model must be complete.
 int ActionSize(const config::v1::Model& model);
 bool IsDiscrete(const config::v1::Model& model);

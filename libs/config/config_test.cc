@@ -250,7 +250,7 @@ TEST(Validate, BoundsAreAsDocumented) {
       {"collection.exploration_noise", "10", "10.01"},
       {"collection.early_end.reward_below", "-1000", "inf"},
       {"collection.early_end.failed_rows", "1", "0"},
-      {"environment.image_size", "32", "48"},
+      {"environment.image_size", "128", "129"},
       {"environment.time_limit", "1000000", "1000001"},
       {"model.min_std", "0.0001", "0"},
       {"model.action.discrete.size", "2", "1"},
@@ -298,7 +298,14 @@ TEST(Validate, FieldsMustFitEachOther) {
       {"planner_service.max_queue=15", "planner_service.max_queue: 15 is out of range, expected at least max_batch, 16"},
       {"model.action={}", "model.action: not set"},
       {"model.action.discrete={}", "model.action: not set"},
-      {"model.modalities[0].image.height=48", "model.modalities[0].image.height: 48 is out of range, expected 32 or 64"},
+      {"model.modalities[0].image.height=48", "model.modalities[0].image.width: 64 is refused, expected the height, 48"},
+      {"model.modalities[0].image.height=129", "model.modalities[0].image.height: 129 is out of range, expected 32 to 128"},
+      {"environment.image_size=31", "environment.image_size: 31 is out of range, expected 32 to 128"},
+      {"environment.tasks[0].name=a", "environment.task: \"cartpole_balance\" is set beside tasks"},
+      {"environment={}", "environment.task: not set"},
+      {"environment={tasks {}}", "environment.tasks[0].name: not set"},
+      {"environment={tasks {name: \"a\"} tasks {name: \"a\"}}", "environment.tasks[1].name: \"a\" is used twice"},
+      {"environment={tasks {name: \"a\" action_repeat: 0}}", "environment.tasks[0].action_repeat: 0 is out of range, expected 1 to 64"},
       {"model.modalities[0].image.height=32", "model.modalities[0].image.width: 64 is refused, expected the height, 32"},
       {"model.modalities[1].name=image", "model.modalities[1].name: \"image\" is used twice"},
       {"model.modalities[1].name=a.b", "model.modalities[1].name: \"a.b\""},
@@ -326,6 +333,20 @@ TEST(Validate, OnlyACompleteModelNeedsActionAndModalities) {
   EXPECT_THAT(Validate(model, true), Refuses("modalities: empty"));
   model.set_hidden_size(0);
   EXPECT_THAT(Validate(model, false), StatusIs(absl::StatusCode::kInvalidArgument, StartsWith("hidden_size: 0")));
+}
+
+TEST(TaskEnvironments, TakeWhatTheTaskLeavesOpenFromTheEnvironment) {
+  ASSERT_OK_AND_ASSIGN(const config::v1::Experiment several, ParseExperiment(
+      "environment { action_repeat: 4 image_size: 32 time_limit: 100 "
+      "tasks { name: 'a' } tasks { name: 'b' action_repeat: 2 time_limit: 50 } }"));
+  const std::vector<config::v1::Environment> tasks = TaskEnvironments(several.environment());
+  ASSERT_EQ(tasks.size(), 2);
+  EXPECT_EQ(ToText(tasks[0]), "task: \"a\"\naction_repeat: 4\nimage_size: 32\ntime_limit: 100\n");
+  EXPECT_EQ(ToText(tasks[1]), "task: \"b\"\naction_repeat: 2\nimage_size: 32\ntime_limit: 50\n");
+  // Two episodes of 100 steps have 25 and 50 rows.
+  EXPECT_DOUBLE_EQ(StepsPerRow(several.environment()), 200.0 / 75);
+  EXPECT_EQ(TaskEnvironments(tasks[1]).size(), 1);
+  EXPECT_DOUBLE_EQ(StepsPerRow(tasks[1]), 2);
 }
 
 TEST(Validate, PlannerAloneIsChecked) {

@@ -38,8 +38,8 @@ constexpr Range kRanges[] = {
     {"ContinuousAction.size", 1, 256},
     {"DiscreteAction.size", 2, 4096},
     {"ImageModality.channels", 1, 16},
-    {"ImageModality.height", 32, 64},
-    {"ImageModality.width", 32, 64},
+    {"ImageModality.height", 32, 128},
+    {"ImageModality.width", 32, 128},
     {"ImageModality.depth", 1, 256},
     {"ImageModality.bits", 1, 8},
     {"ImageModality.scale", 0},
@@ -121,8 +121,10 @@ constexpr Range kRanges[] = {
     {"RandomShooting.horizon", 1, 256},
     {"RandomShooting.candidates", 1, 65536},
     {"RandomShooting.discount", 0, 1},
+    {"Task.action_repeat", 1, 64},
+    {"Task.time_limit", 1, 1000000},
     {"Environment.action_repeat", 1, 64},
-    {"Environment.image_size", 32, 64},
+    {"Environment.image_size", 32, 128},
     {"Environment.time_limit", 1, 1000000},
     {"Collection.seed_episodes", 0, 100000},
     {"Collection.exploration_noise", 0, 10},
@@ -243,11 +245,6 @@ absl::Status CheckName(const std::string& name, absl::string_view punctuation, c
   return Refused(path, absl::StrCat("\"", name, "\" is refused, expected 1 to 64 letters, digits or any of ", punctuation));
 }
 
-absl::Status CheckImageSize(int size, const std::string& path) {
-  if (size == 32 || size == 64) return absl::OkStatus();
-  return Refused(path, absl::StrCat(size, " is out of range, expected 32 or 64"));
-}
-
 absl::Status CheckModality(const config::v1::Modality& modality, const std::string& path) {
   RETURN_IF_ERROR(CheckName(modality.name(), "_", path + ".name"));
   static constexpr absl::string_view kFields[] = {"action", "reward", "is_first", "is_terminal"};
@@ -255,12 +252,10 @@ absl::Status CheckModality(const config::v1::Modality& modality, const std::stri
     return Refused(path + ".name", absl::StrCat("\"", modality.name(), "\" is the name of another field of a row"));
   }
   switch (modality.kind_case()) {
-    case config::v1::Modality::kImage: {
-      RETURN_IF_ERROR(CheckImageSize(modality.image().height(), path + ".image.height"));
+    case config::v1::Modality::kImage:
       if (modality.image().width() == modality.image().height()) return absl::OkStatus();
       return Refused(path + ".image.width", absl::StrCat(modality.image().width(), " is refused, expected the height, ",
                                                          modality.image().height()));
-    }
     case config::v1::Modality::kVector:
       if (modality.vector().has_size()) return absl::OkStatus();
       return Refused(path + ".vector.size", "not set, expected 1 to 65536");
@@ -341,13 +336,29 @@ absl::Status CheckPlanner(const config::v1::Planner& planner, const std::string&
                  absl::StrCat(mppi.min_std(), " is out of range, expected 0 to max_std, ", mppi.max_std()));
 }
 
+absl::Status CheckTasks(const config::v1::Environment& environment) {
+  if (environment.tasks().empty()) {
+    return environment.task().empty() ? Refused("environment.task", "not set, expected the name of a task") : absl::OkStatus();
+  }
+  if (environment.has_task()) {
+    return Refused("environment.task", absl::StrCat("\"", environment.task(), "\" is set beside tasks, expected one of the two"));
+  }
+  std::set<std::string> names;
+  for (int i = 0; i < environment.tasks_size(); ++i) {
+    const std::string& name = environment.tasks(i).name();
+    const std::string path = absl::StrCat("environment.tasks[", i, "].name");
+    if (name.empty()) return Refused(path, "not set, expected the name of a task");
+    if (!names.insert(name).second) return Refused(path, absl::StrCat("\"", name, "\" is used twice"));
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::Status Validate(const config::v1::Experiment& experiment) {
   RETURN_IF_ERROR(CheckFields(experiment, ""));
   RETURN_IF_ERROR(CheckName(experiment.name(), "_-.", "name"));
-  if (experiment.environment().task().empty()) return Refused("environment.task", "not set, expected the name of a task");
-  RETURN_IF_ERROR(CheckImageSize(experiment.environment().image_size(), "environment.image_size"));
+  RETURN_IF_ERROR(CheckTasks(experiment.environment()));
   RETURN_IF_ERROR(CheckModel(experiment.model(), false, "model."));
   RETURN_IF_ERROR(CheckPlanner(experiment.planner(), "planner."));
   const auto& service = experiment.planner_service();

@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "libs/base/status.h"
+#include "libs/envs/tasks.h"
 
 namespace orrery {
 namespace {
@@ -115,8 +116,8 @@ absl::StatusOr<Model> CompleteModel(const Model& model, const EnvironmentSpec& s
 absl::StatusOr<config::v1::Experiment> CompleteExperiment(const config::v1::Experiment& experiment) {
   config::v1::Experiment complete = experiment;
   if (!NeedsEnvironment(experiment.model())) return complete;
-  ASSIGN_OR_RETURN(const std::unique_ptr<Environment> made,
-                   MakeEnvironment(ToEnvironmentOptions(experiment.environment())));
+  ASSIGN_OR_RETURN(const std::vector<EnvironmentOptions> tasks, TaskOptions(experiment.environment()));
+  ASSIGN_OR_RETURN(const std::unique_ptr<Environment> made, MakeEnvironment(tasks[0]));
   ASSIGN_OR_RETURN(*complete.mutable_model(), CompleteModel(experiment.model(), made->spec()));
   return complete;
 }

@@ -295,8 +295,8 @@ void Learner::RefreshRows() {
     const absl::StatusOr<replay::v1::GetStatsResponse> stats = options_.replay->GetStats(now + kCall);
     if (stats.ok()) rows_appended_ = stats->rows_appended();
   }
-  const int64_t steps = rows_appended_ * options_.experiment.environment().action_repeat();
-  if (steps > 0) metrics_.updates_per_env_step.Set(static_cast<double>(updates_) / static_cast<double>(steps));
+  const double steps = static_cast<double>(rows_appended_) * StepsPerRow(options_.experiment.environment());
+  if (steps > 0) metrics_.updates_per_env_step.Set(static_cast<double>(updates_) / steps);
 }
 
 void Learner::Publish(bool always_keep) {

@@ -1,5 +1,6 @@
 #include "libs/serving/snapshot_holder.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -58,10 +59,7 @@ absl::Status SnapshotHolder::Load(absl::string_view file, std::optional<Snapshot
                old == nullptr ? "nothing" : Text(old->version), status.ToString());
     return status;
   }
-  {
-    absl::MutexLock lock(&mu_);
-    served_ = *built;
-  }
+  Swap(*built);
   version_gauge_.Set(static_cast<double>((*built)->version.counter));
   timestamp_.Set(absl::ToDoubleSeconds(options_.clock->Now() - absl::UnixEpoch()));
   LogDebug("snapshot served model={} version={}", (*built)->name, Text((*built)->version));
@@ -71,7 +69,28 @@ absl::Status SnapshotHolder::Load(absl::string_view file, std::optional<Snapshot
 
 std::shared_ptr<const ServedModel> SnapshotHolder::Get() const {
   absl::MutexLock lock(&mu_);
-  return served_;
+  return kept_.empty() ? nullptr : kept_.back().served;
+}
+
+std::shared_ptr<const ServedModel> SnapshotHolder::Get(const SnapshotVersion& version) {
+  absl::MutexLock lock(&mu_);
+  if (kept_.empty()) return nullptr;
+  const auto found = std::find_if(kept_.begin(), kept_.end(), [&](const Kept& kept) { return kept.served->version == version; });
+  if (found == kept_.end()) return kept_.back().served;
+  found->asked = options_.clock->Now();
+  return found->served;
+}
+
+void SnapshotHolder::Swap(std::shared_ptr<const ServedModel> served) {
+  const absl::Time oldest = options_.clock->Now() - kKeep;
+  absl::MutexLock lock(&mu_);
+  // All but the last one, which stays as the one before.
+  if (!kept_.empty()) {
+    kept_.erase(std::remove_if(kept_.begin(), kept_.end() - 1, [&](const Kept& kept) { return kept.asked < oldest; }),
+                kept_.end() - 1);
+  }
+  if (kept_.size() == kMostKept) kept_.erase(kept_.begin());
+  kept_.push_back({std::move(served)});
 }
 
 SnapshotVersion SnapshotHolder::version() const {

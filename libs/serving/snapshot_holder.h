@@ -8,6 +8,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
@@ -45,10 +46,23 @@ class SnapshotHolder {
       ABSL_LOCKS_EXCLUDED(load_mu_, mu_);
   // What is served now; nullptr: nothing yet.
   std::shared_ptr<const ServedModel> Get() const ABSL_LOCKS_EXCLUDED(mu_);
+  // The snapshot of that version while it is kept, else what is served now. Kept are the newest two, and those asked for here
+  // within kKeep, kMostKept in all.
+  std::shared_ptr<const ServedModel> Get(const SnapshotVersion& version) ABSL_LOCKS_EXCLUDED(mu_);
   // Version served now; {0, 0}: none.
   SnapshotVersion version() const ABSL_LOCKS_EXCLUDED(mu_);
 
+  static constexpr absl::Duration kKeep = absl::Minutes(1);
+  static constexpr size_t kMostKept = 8;
+
  private:
+  struct Kept {
+    std::shared_ptr<const ServedModel> served;
+    absl::Time asked = absl::InfinitePast();
+  };
+
+  // Takes a new snapshot into use and forgets what need not be kept.
+  void Swap(std::shared_ptr<const ServedModel> served) ABSL_LOCKS_EXCLUDED(mu_);
   absl::StatusOr<std::shared_ptr<const ServedModel>> Build(absl::string_view file, std::optional<SnapshotVersion> version);
 
   // Constant after construction.
@@ -59,7 +73,7 @@ class SnapshotHolder {
 
   absl::Mutex load_mu_ ABSL_ACQUIRED_BEFORE(mu_);  // one Load at a time
   mutable absl::Mutex mu_;
-  std::shared_ptr<const ServedModel> served_ ABSL_GUARDED_BY(mu_);
+  std::vector<Kept> kept_ ABSL_GUARDED_BY(mu_);  // the last one is served
 };
 
 }  // namespace orrery

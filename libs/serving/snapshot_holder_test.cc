@@ -66,6 +66,42 @@ TEST_F(SnapshotHolderTest, SwapsNewerSnapshotsInAndKeepsTheOldOneForItsUsers) {
   EXPECT_EQ(warm_ups_, 1) << "the same structure needs no second trial";
 }
 
+TEST_F(SnapshotHolderTest, KeepsTheOneBeforeAndThoseAskedForLately) {
+  SnapshotHolder holder(options_);
+  EXPECT_EQ(holder.Get(SnapshotVersion{1, 1}), nullptr);
+  const auto version = [](int64_t counter) { return SnapshotVersion{1, counter}; };
+  const auto got = [&](int64_t counter) { return holder.Get(version(counter))->version.counter; };
+  for (int64_t counter : {1, 2, 3}) ASSERT_OK(holder.Load(TinySnapshot(counter)));
+  EXPECT_EQ(got(1), 3) << "gone: the newest instead";
+  EXPECT_EQ(got(2), 2);
+  for (int64_t counter : {4, 5, 6}) {
+    clock_.Advance(absl::Seconds(50));
+    ASSERT_OK(holder.Load(TinySnapshot(counter)));
+    EXPECT_EQ(got(2), 2) << "asked for all the time";
+  }
+  EXPECT_EQ(got(4), 6);
+  EXPECT_EQ(got(5), 5);
+  clock_.Advance(absl::Seconds(61));
+  ASSERT_OK(holder.Load(TinySnapshot(7)));
+  EXPECT_EQ(got(2), 7);
+  EXPECT_EQ(got(6), 6);
+  EXPECT_EQ(got(7), 7);
+  EXPECT_EQ(got(8), 7);
+  EXPECT_EQ(holder.version(), version(7));
+}
+
+TEST_F(SnapshotHolderTest, KeepsABoundedNumber) {
+  SnapshotHolder holder(options_);
+  constexpr int64_t kLast = 3 * static_cast<int64_t>(SnapshotHolder::kMostKept);
+  for (int64_t counter = 1; counter <= kLast; ++counter) {
+    ASSERT_OK(holder.Load(TinySnapshot(counter)));
+    EXPECT_EQ(holder.Get(SnapshotVersion{1, counter})->version.counter, counter);
+  }
+  const auto is_kept = [&](int64_t counter) { return holder.Get(SnapshotVersion{1, counter})->version.counter == counter; };
+  EXPECT_FALSE(is_kept(kLast - static_cast<int64_t>(SnapshotHolder::kMostKept)));
+  EXPECT_TRUE(is_kept(kLast - static_cast<int64_t>(SnapshotHolder::kMostKept) + 1));
+}
+
 TEST_F(SnapshotHolderTest, SkipsWhatIsNotNewer) {
   SnapshotHolder holder(options_);
   ASSERT_OK(holder.Load(TinySnapshot(5)));

@@ -9,6 +9,7 @@
 #include "libs/base/random.h"
 #include "libs/base/status.h"
 #include "libs/client/status.h"
+#include "libs/envs/check_step.h"
 #include "libs/replay/chunk_codec.h"
 #include "libs/telemetry/metrics.h"
 
@@ -97,6 +98,10 @@ struct Actor::Metrics {
   prometheus::Counter& Episodes(const std::string& task) {
     return AddCounter(registry, "actor_episodes_total", "Episodes played to their end", {{"task", task}});
   }
+  prometheus::Counter& Failures(const std::string& task) {
+    return AddCounter(registry, "actor_environment_failures_total", "Episodes that ended because the environment failed",
+                      {{"task", task}});
+  }
   prometheus::Gauge& Return(const std::string& task, EpisodeMode mode) {
     return AddGauge(registry, "actor_episode_return", "Return of the last episode",
                     {{"task", task}, {"mode", Name(mode)}});
@@ -122,28 +127,36 @@ Actor::Actor(ActorOptions options)
 Actor::~Actor() = default;
 
 absl::StatusOr<std::unique_ptr<Actor>> Actor::Create(ActorOptions options) {
-  if (!options.make_environment) options.make_environment = MakeEnvironment;
   std::unique_ptr<Actor> actor(new Actor(std::move(options)));
-  for (Player& player : actor->players_) {
-    RETURN_IF_ERROR(actor->MakePlayer(player, actor->options_.experiment.environment().task()));
+  ASSIGN_OR_RETURN(actor->tasks_,
+                   TaskOptions(actor->options_.experiment.environment(), actor->options_.make_environment));
+  for (const EnvironmentOptions& task : actor->tasks_) {  // so that counters begin at 0
+    actor->metrics_->Steps(task.task);
+    actor->metrics_->Episodes(task.task);
+    actor->metrics_->Failures(task.task);
   }
+  for (Player& player : actor->players_) RETURN_IF_ERROR(actor->Choose(player, actor->tasks_[0].task));
   return actor;
 }
 
-absl::Status Actor::MakePlayer(Player& player, const std::string& task) {
-  if (player.environment != nullptr && player.task == task) return absl::OkStatus();
-  EnvironmentOptions environment = ToEnvironmentOptions(options_.experiment.environment());
-  environment.task = task;
-  ASSIGN_OR_RETURN(player.environment, options_.make_environment(environment));
-  player.task = task;
-  const EnvironmentSpec& spec = player.environment->spec();
+absl::Status Actor::Choose(Player& player, const std::string& task) {
+  const auto options = std::find_if(tasks_.begin(), tasks_.end(), [&](const auto& known) { return known.task == task; });
+  if (options == tasks_.end()) {
+    return absl::FailedPreconditionError(absl::StrFormat("replay hands out task '%s', which is not in the configuration", task));
+  }
+  std::unique_ptr<Environment>& environment = player.environments[task];
+  if (environment == nullptr) {
+    ASSIGN_OR_RETURN(environment, options_.make_environment(*options));
+  }
+  player.environment = environment.get();
+  player.options = &*options;
+  const EnvironmentSpec& spec = environment->spec();
   if (specification_hash_ == 0) {
     spec_ = spec;
     specification_hash_ = Hash(spec);
   } else if (!(spec == spec_)) {
-    return absl::FailedPreconditionError(absl::StrFormat(
-        "task '%s' has other observations or actions than task '%s' of the configuration", task,
-        options_.experiment.environment().task()));
+    return absl::FailedPreconditionError(
+        absl::StrFormat("task '%s' has other observations or actions than task '%s'", task, tasks_[0].task));
   }
   return absl::OkStatus();
 }
@@ -239,16 +252,14 @@ absl::StatusOr<bool> Actor::BeginEpisodes() {
       break;
     }
     RETURN_IF_ERROR(Begin(player, **episode));
-    begun = true;
+    begun |= player.running;
   }
   if (begun) RenewLeases();
   return !complete_ || Running() > 0;
 }
 
 absl::Status Actor::Begin(Player& player, const ReplayClient::Episode& episode) {
-  RETURN_IF_ERROR(MakePlayer(player, episode.task.empty() ? player.task : episode.task));
-  ASSIGN_OR_RETURN(TimeStep first, player.environment->Reset(episode.assignment.seed));
-  player.running = true;
+  RETURN_IF_ERROR(Choose(player, episode.assignment.task));
   player.assignment = episode.assignment;
   player.begin = absl::Now();
   player.random.seed(DeriveSeed(episode.assignment.seed, "random_actions"));
@@ -260,46 +271,65 @@ absl::Status Actor::Begin(Player& player, const ReplayClient::Episode& episode) 
   player.rows.clear();
   player.actions.clear();
   player.first_row = 0;
-  player.version = {};
-  player.rows.push_back(std::move(first));
+  player.version = player.pinned = {};
+  absl::StatusOr<TimeStep> first = player.environment->Reset(episode.assignment.seed);
+  const absl::Status begun = first.ok() ? CheckStep(spec_, *first) : first.status();
+  if (!begun.ok()) return Fail(player, begun);
+  player.running = true;
+  player.rows.push_back(*std::move(first));
   player.actions.emplace_back(spec_.action.size, 0.0f);
   return absl::OkStatus();
 }
 
 absl::StatusOr<std::vector<Actor::Decision>> Actor::Decide() {
   std::vector<Decision> decisions(players_.size());
-  std::vector<Player*> planned;
-  std::vector<size_t> index;
+  std::map<SnapshotVersion, std::vector<size_t>> planned;  // by the snapshot to plan with
+  int planning = 0;
   for (size_t i = 0; i < players_.size(); ++i) {
     if (!players_[i].running) continue;
     if (players_[i].assignment.mode == EpisodeMode::kRandom) {
       decisions[i].action = RandomAction(spec_.action, players_[i].random);
     } else {
-      planned.push_back(&players_[i]);
-      index.push_back(i);
+      planned[players_[i].pinned].push_back(i);
+      planning += 1;
     }
   }
   if (planned.empty()) return decisions;
   if (const absl::Duration wait = next_act_ - absl::Now(); wait > absl::ZeroDuration()) {
-    if (static_cast<int>(planned.size()) < Running()) return decisions;  // random episodes go on meanwhile
+    if (planning < Running()) return decisions;  // random episodes go on meanwhile
     Pause(wait);
   }
+  for (const auto& [snapshot, players] : planned) {
+    ASSIGN_OR_RETURN(const bool answered, DecideTogether(players, decisions));
+    if (!answered) break;
+  }
+  return decisions;
+}
+
+absl::StatusOr<bool> Actor::DecideTogether(const std::vector<size_t>& players, std::vector<Decision>& decisions) {
+  std::vector<Player*> planned;
+  for (const size_t i : players) planned.push_back(&players_[i]);
   planner::v1::ActResponse response;
   ASSIGN_OR_RETURN(const bool answered, Act(planned, response));
-  if (!answered) return decisions;
+  if (!answered) return false;
   const SnapshotVersion version{response.snapshot_version().generation(), response.snapshot_version().counter()};
   for (size_t k = 0; k < planned.size(); ++k) {
     planner::v1::SlotResult& result = *response.mutable_results(static_cast<int>(k));
-    decisions[index[k]] = {{result.action().begin(), result.action().end()}, version};
+    decisions[players[k]] = {{result.action().begin(), result.action().end()}, version};
     planned[k]->belief = std::move(*result.mutable_belief());
+    if (planned[k]->assignment.mode == EpisodeMode::kEvaluate) planned[k]->pinned = version;
   }
-  return decisions;
+  return true;
 }
 
 absl::Status Actor::ActOnce(const std::vector<Player*>& planned, planner::v1::ActResponse& response) {
   planner::v1::ActRequest request;
   request.set_client_id(options_.actor_id);
   request.set_priority(planner::v1::EXPLORATION);
+  if (const SnapshotVersion pinned = planned[0]->pinned; pinned != SnapshotVersion{}) {
+    request.mutable_snapshot_version()->set_generation(pinned.generation);
+    request.mutable_snapshot_version()->set_counter(pinned.counter);
+  }
   for (const Player* player : planned) {
     const uint64_t seed = DeriveSeed(player->assignment.seed, "act", static_cast<uint64_t>(player->decisions));
     planner::v1::Slot& slot = *request.add_slots();
@@ -361,9 +391,12 @@ absl::StatusOr<bool> Actor::Act(const std::vector<Player*>& planned, planner::v1
 
 absl::Status Actor::Advance(Player& player, Decision decision) {
   const absl::Time begin = absl::Now();
-  ASSIGN_OR_RETURN(TimeStep next, player.environment->Step(decision.action));
+  absl::StatusOr<TimeStep> stepped = player.environment->Step(decision.action);
+  const absl::Status status = stepped.ok() ? CheckStep(spec_, *stepped) : stepped.status();
+  if (!status.ok()) return Fail(player, status);
+  TimeStep next = *std::move(stepped);
   metrics_->step_seconds.Observe(absl::ToDoubleSeconds(absl::Now() - begin));
-  metrics_->Steps(player.task).Increment(options_.experiment.environment().action_repeat());
+  metrics_->Steps(player.options->task).Increment(player.options->action_repeat);
   if (static_cast<int>(player.rows.size()) >= options_.experiment.replay().chunk_rows()) {
     RETURN_IF_ERROR(SendRows(player, EpisodeEnd::kContinues));
     if (!player.running) return absl::OkStatus();  // refused by replay
@@ -396,13 +429,7 @@ absl::Status Actor::SendRows(Player& player, EpisodeEnd end) {
   ArrayMap fields;
   std::vector<const Array*> column(n);
   for (const TensorSpec& modality : spec_.observations) {
-    for (size_t i = 0; i < n; ++i) {
-      auto found = player.rows[i].observation.find(modality.name);
-      if (found == player.rows[i].observation.end()) {
-        return absl::InternalError(absl::StrFormat("task '%s' gave no '%s'", player.task, modality.name));
-      }
-      column[i] = &found->second;
-    }
+    for (size_t i = 0; i < n; ++i) column[i] = &player.rows[i].observation.at(modality.name);  // checked by CheckStep
     fields[modality.name] = Stack(column);
   }
   std::vector<float> actions, rewards;
@@ -427,6 +454,7 @@ absl::Status Actor::SendRows(Player& player, EpisodeEnd end) {
   chunk.info.mode = player.assignment.mode;
   chunk.info.end = end;
   chunk.info.specification_hash = specification_hash_;
+  chunk.info.task = static_cast<int32_t>(player.options - tasks_.data());
   chunk.info.snapshot_version = player.version;
   chunk.info.payload_bytes = static_cast<int64_t>(chunk.payload.size());
   player.rows.clear();
@@ -446,18 +474,19 @@ absl::Status Actor::End(Player& player, EpisodeEnd end) {
   RETURN_IF_ERROR(SendRows(player, end));
   if (!player.running) return absl::OkStatus();  // refused by replay
   player.running = false;
+  failures_ = 0;
   RenewLeases();
   EpisodeSummary summary;
   summary.episode_id = player.assignment.episode_id;
   summary.mode = player.assignment.mode;
   summary.end = end;
-  summary.task = player.task;
+  summary.task = player.options->task;
   summary.episode_return = player.episode_return;
   summary.rows = player.decisions + 1;
-  summary.environment_steps = player.decisions * options_.experiment.environment().action_repeat();
+  summary.environment_steps = player.decisions * player.options->action_repeat;
   summary.seconds = absl::ToDoubleSeconds(absl::Now() - player.begin);
-  metrics_->Episodes(player.task).Increment();
-  metrics_->Return(player.task, summary.mode).Set(summary.episode_return);
+  metrics_->Episodes(summary.task).Increment();
+  metrics_->Return(summary.task, summary.mode).Set(summary.episode_return);
   if (options_.on_episode) options_.on_episode(summary);
   return absl::OkStatus();
 }
@@ -467,6 +496,20 @@ void Actor::Drop(Player& player, const absl::Status& why) {
              why.ToString());
   player.running = false;
   RenewLeases();
+}
+
+absl::Status Actor::Fail(Player& player, const absl::Status& why) {
+  const std::string what = absl::StrFormat("task '%s' failed in episode %d after %d decisions", player.options->task,
+                                           player.assignment.episode_id, player.decisions);
+  LogWarning("{}: {}", what, why.ToString());
+  metrics_->Failures(player.options->task).Increment();
+  if (player.running) RETURN_IF_ERROR(SendRows(player, EpisodeEnd::kTruncated));
+  player.running = false;
+  RenewLeases();
+  player.environments.erase(player.options->task);
+  player.environment = nullptr;
+  if (++failures_ < kMaxFailures) return absl::OkStatus();
+  return Annotate(why, absl::StrFormat("%s, the %dth episode in a row", what, failures_));
 }
 
 void Actor::FlushBefore(absl::Time deadline) {

@@ -20,6 +20,7 @@
 #include "libs/client/replay_client.h"
 #include "libs/config/config.h"
 #include "libs/envs/environment.h"
+#include "libs/envs/tasks.h"
 #include "libs/replay/store.h"
 #include "orrery/planner/v1/planner.grpc.pb.h"
 
@@ -55,13 +56,13 @@ struct ActorOptions {
   // Called on the thread of Run after every episode that was played to its end, once its last chunk was handed over. May be
   // empty.
   std::function<void(const EpisodeSummary&)> on_episode;
-  // Makes environments; empty: MakeEnvironment.
-  std::function<absl::StatusOr<std::unique_ptr<Environment>>(const EnvironmentOptions&)> make_environment;
+  EnvironmentMaker make_environment = MakeEnvironment;
 };
 
 // One actor with collection.environments environments. Run (or Step and Finish) on one thread; Stop from any, it is
 // noticed within a second. Replay or planner away: waits and goes on with the episode; an episode that replay does not
-// want any more is dropped. Errors that trying again cannot cure (an environment that does not fit the run, a request
+// want any more is dropped. An environment that fails, or delivers what its specification does not allow, ends its episode as
+// truncated and is made anew for the next one; after kMaxFailures episodes in a row Run ends with its error. Errors that trying again cannot cure (an environment that does not fit the run, a request
 // refused as invalid) end Run with a status that names them.
 class Actor {
  public:
@@ -77,11 +78,14 @@ class Actor {
   void Finish();
   void Stop();
 
+  static constexpr int kMaxFailures = 5;
+
  private:
   // One environment and the episode in it.
   struct Player {
-    std::unique_ptr<Environment> environment;
-    std::string task;
+    std::map<std::string, std::unique_ptr<Environment>> environments;  // by task, made when first played
+    Environment* environment = nullptr;                                // of them, and how it is played
+    const EnvironmentOptions* options = nullptr;
     bool running = false;
     EpisodeAssignment assignment;
     absl::Time begin;
@@ -96,13 +100,15 @@ class Actor {
     std::vector<std::vector<float>> actions;  // that led to each row
     int64_t first_row = 0;
     SnapshotVersion version;   // newest that chose an action in `rows`
+    SnapshotVersion pinned;    // EVALUATE: that of the episode's first answer; none before it
   };
 
   explicit Actor(ActorOptions options);
 
   bool Stopped() const;
   void Pause(absl::Duration duration);
-  absl::Status MakePlayer(Player& player, const std::string& task);
+  // Makes the task's environment the player's.
+  absl::Status Choose(Player& player, const std::string& task);
   // Tries to begin an episode in every idle player. False: the run is complete and nothing is running.
   absl::StatusOr<bool> BeginEpisodes();
   absl::Status Begin(Player& player, const ReplayClient::Episode& episode);
@@ -113,6 +119,8 @@ class Actor {
   };
   absl::StatusOr<std::vector<Decision>> Decide();
   absl::Status ActOnce(const std::vector<Player*>& planned, planner::v1::ActResponse& response);
+  // Asks for the players, who all have the same `pinned`, and takes their beliefs over. False: no answer now.
+  absl::StatusOr<bool> DecideTogether(const std::vector<size_t>& players, std::vector<Decision>& decisions);
   // False: no answer now, try again later.
   absl::StatusOr<bool> Act(const std::vector<Player*>& planned, planner::v1::ActResponse& response);
   absl::Status Advance(Player& player, Decision decision);
@@ -122,6 +130,8 @@ class Actor {
   absl::Status SendRows(Player& player, EpisodeEnd end);
   absl::Status End(Player& player, EpisodeEnd end);
   void Drop(Player& player, const absl::Status& why);
+  // The environment failed in this episode. Returns the error once there were too many in a row.
+  absl::Status Fail(Player& player, const absl::Status& why);
   void FlushBefore(absl::Time deadline);
   void RenewLeases();
   int Running() const;
@@ -129,6 +139,7 @@ class Actor {
   // Constant after construction.
   const ActorOptions options_;
   const bool alternate_;
+  std::vector<EnvironmentOptions> tasks_;
   EnvironmentSpec spec_;
   uint64_t specification_hash_ = 0;
   const std::unique_ptr<planner::v1::PlannerService::Stub> planner_;
@@ -144,6 +155,7 @@ class Actor {
   bool planner_away_ = false;
   bool replay_away_ = false;
   bool complete_ = false;
+  int failures_ = 0;  // episodes in a row in which an environment failed
   absl::Time next_begin_ = absl::InfinitePast();
   absl::Time next_act_ = absl::InfinitePast();
 

@@ -3,7 +3,9 @@
 #include <grpcpp/server_builder.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <deque>
+#include <functional>
 #include <thread>
 
 #include "absl/synchronization/notification.h"
@@ -17,14 +19,18 @@ namespace {
 // Counts its steps: "image" is filled with the step, "position" repeats the last action, the reward of step t is t.
 class CountingEnvironment : public Environment {
  public:
-  CountingEnvironment(int steps, bool terminal) : steps_(steps), terminal_(terminal) {
+  // `spoil` may change what is delivered, or fail in its place.
+  using Spoil = std::function<absl::Status(int step, TimeStep&)>;
+  CountingEnvironment(int steps, bool terminal, Spoil spoil = {}) : steps_(steps), terminal_(terminal), spoil_(std::move(spoil)) {
     spec_.observations = {{"image", DType::kUInt8, {2, 2, 3}}, {"position", DType::kFloat32, {2}}};
     spec_.action.size = 2;
   }
   const EnvironmentSpec& spec() const override { return spec_; }
   absl::StatusOr<TimeStep> Reset(uint64_t) override {
     step_ = 0;
-    return At({0.0f, 0.0f});
+    TimeStep step = At({0.0f, 0.0f});
+    if (spoil_) RETURN_IF_ERROR(spoil_(step_, step));
+    return step;
   }
   absl::StatusOr<TimeStep> Step(absl::Span<const float> action) override {
     if (step_ >= steps_) return absl::FailedPreconditionError("the episode has ended");
@@ -33,6 +39,7 @@ class CountingEnvironment : public Environment {
     step.reward = step_;
     step.is_last = step_ == steps_;
     step.is_terminal = step.is_last && terminal_;
+    if (spoil_) RETURN_IF_ERROR(spoil_(step_, step));
     return step;
   }
   absl::StatusOr<Array> Render(int, int) override { return absl::UnimplementedError("no pictures for people"); }
@@ -47,6 +54,7 @@ class CountingEnvironment : public Environment {
 
   const int steps_;
   const bool terminal_;
+  const Spoil spoil_;
   EnvironmentSpec spec_;
   int step_ = 0;
 };
@@ -58,6 +66,7 @@ class FakeReplay : public replay::v1::ReplayService::Service {
     int64_t episode_id;
     replay::v1::EpisodeMode mode;
     uint64_t seed;
+    std::string task = "counting";
   };
   grpc::Status BeginEpisode(grpc::ServerContext* context, const replay::v1::BeginEpisodeRequest*,
                             replay::v1::BeginEpisodeResponse* response) override {
@@ -71,7 +80,7 @@ class FakeReplay : public replay::v1::ReplayService::Service {
     response->set_run_id("run-id");
     response->set_episode_id(script_.front().episode_id);
     response->set_mode(script_.front().mode);
-    response->set_task("counting");
+    response->set_task(script_.front().task);
     response->set_seed(script_.front().seed);
     response->set_lease_seconds(60);
     script_.pop_front();
@@ -141,8 +150,10 @@ class FakePlanner : public planner::v1::PlannerService::Service {
       result->add_action(-0.5f);
       result->set_belief(absl::StrCat("belief-", requests_.size()));
     }
+    // What was asked for, else a new snapshot for every request.
     response->mutable_snapshot_version()->set_generation(1);
     response->mutable_snapshot_version()->set_counter(static_cast<int64_t>(requests_.size()));
+    if (request->has_snapshot_version()) *response->mutable_snapshot_version() = request->snapshot_version();
     return grpc::Status::OK;
   }
   // OK entries let a request pass.
@@ -193,8 +204,9 @@ class ActorTest : public testing::Test {
     options.planner = server_->InProcessChannel({});
     options.registry = registry_;
     options.on_episode = [this](const EpisodeSummary& summary) { summaries_.push_back(summary); };
-    options.make_environment = [this](const EnvironmentOptions&) -> absl::StatusOr<std::unique_ptr<Environment>> {
-      return std::make_unique<CountingEnvironment>(steps_, terminal_);
+    options.make_environment = [this](const EnvironmentOptions& made) -> absl::StatusOr<std::unique_ptr<Environment>> {
+      made_.push_back(absl::StrCat(made.task, " ", made.action_size));
+      return std::make_unique<CountingEnvironment>(steps_, terminal_, spoil_);
     };
     auto actor = Actor::Create(std::move(options));
     EXPECT_OK(actor);
@@ -225,12 +237,14 @@ class ActorTest : public testing::Test {
 
   int steps_ = 9;
   bool terminal_ = false;
+  CountingEnvironment::Spoil spoil_;
   config::v1::Experiment experiment_;
   FakeReplay replay_;
   FakePlanner planner_;
   std::unique_ptr<grpc::Server> server_;
   std::shared_ptr<prometheus::Registry> registry_ = std::make_shared<prometheus::Registry>();
   std::vector<EpisodeSummary> summaries_;
+  std::vector<std::string> made_;  // environments: task and padded size
 };
 
 TEST_F(ActorTest, SendsARandomEpisodeInChunks) {
@@ -374,6 +388,31 @@ TEST_F(ActorTest, AsksOnceForAllEnvironments) {
   for (int64_t id : {1, 2, 3}) EXPECT_EQ(Rows(id).at(kReward).size(), 10);
 }
 
+TEST_F(ActorTest, PlaysAnEvaluationWithOneSnapshot) {
+  experiment_.mutable_learning()->set_schedule(config::v1::Learning::CONCURRENT);
+  experiment_.mutable_collection()->set_environments(2);
+  replay_.Assign({{1, replay::v1::TRAIN, 1}, {2, replay::v1::EVALUATE, 2}});
+  ASSERT_OK(MakeActor()->Run());
+  // Both together first; from then on the evaluation asks for the snapshot of that answer.
+  const std::vector<planner::v1::ActRequest> requests = planner_.requests();
+  ASSERT_EQ(requests.size(), 17u);
+  EXPECT_EQ(requests[0].slots_size(), 2);
+  EXPECT_FALSE(requests[0].has_snapshot_version());
+  int pinned = 0;
+  for (size_t i = 1; i < requests.size(); ++i) {
+    EXPECT_EQ(requests[i].slots_size(), 1);
+    EXPECT_EQ(requests[i].has_snapshot_version(), requests[i].priority() == planner::v1::EVALUATION);
+    if (!requests[i].has_snapshot_version()) continue;
+    EXPECT_EQ(requests[i].snapshot_version().counter(), 1);
+    pinned += 1;
+  }
+  EXPECT_EQ(pinned, 8);
+  for (const replay::v1::Chunk& chunk : replay_.chunks()) {
+    if (chunk.episode_id() != 2) continue;
+    EXPECT_EQ(chunk.snapshot_version().counter(), 1);
+  }
+}
+
 TEST_F(ActorTest, KeepsTheEpisodeWhileThePlannerIsAway) {
   const grpc::Status away(grpc::StatusCode::UNAVAILABLE, "no snapshot yet");
   planner_.Fail({grpc::Status::OK, away, away});
@@ -439,6 +478,64 @@ TEST_F(ActorTest, StopsWhileNoEpisodeMayBegin) {
   EXPECT_LT(absl::Now() - begin, absl::Seconds(3));
   stopper.join();
   EXPECT_TRUE(replay_.chunks().empty());
+}
+
+// Each way to fail once, then an episode without.
+TEST_F(ActorTest, AnEnvironmentThatFailsEndsItsEpisodeOnly) {
+  int episode = 0;
+  spoil_ = [&](int step, TimeStep& delivered) -> absl::Status {
+    episode += step == 0;
+    if (episode == 1 && step == 6) return absl::InternalError("broken");
+    if (episode == 2 && step == 2) delivered.reward = std::nan("");
+    if (episode == 3 && step == 1) delivered.observation.erase("image");
+    if (episode == 4 && step == 0) delivered.observation["position"] = Array::From<float>(std::vector<float>{1}, {1});
+    return absl::OkStatus();
+  };
+  replay_.Assign({{1, replay::v1::RANDOM, 1}, {2, replay::v1::RANDOM, 2}, {3, replay::v1::RANDOM, 3}, {4, replay::v1::RANDOM, 4},
+                  {5, replay::v1::RANDOM, 5}});
+  ASSERT_OK(MakeActor()->Run());
+  std::map<int64_t, std::pair<int64_t, replay::v1::EpisodeEnd>> episodes;  // rows, end of the last chunk
+  for (const replay::v1::Chunk& chunk : replay_.chunks()) {
+    episodes[chunk.episode_id()].first += chunk.rows();
+    episodes[chunk.episode_id()].second = chunk.end();
+  }
+  using Is = std::pair<int64_t, replay::v1::EpisodeEnd>;
+  EXPECT_EQ(episodes[1], Is(6, replay::v1::TRUNCATED));
+  EXPECT_EQ(episodes[2], Is(2, replay::v1::TRUNCATED));
+  EXPECT_EQ(episodes[3], Is(1, replay::v1::TRUNCATED));
+  EXPECT_EQ(episodes.count(4), 0u) << "it has no row; its lease runs out";
+  EXPECT_EQ(episodes[5], Is(10, replay::v1::TRUNCATED));
+  EXPECT_EQ(summaries_.size(), 1u) << "only whole episodes have a return";
+  EXPECT_EQ(made_.size(), 5u) << "made anew after each failure";
+}
+
+TEST_F(ActorTest, GivesUpAfterFailuresInARow) {
+  spoil_ = [](int step, TimeStep&) { return step == 3 ? absl::InternalError("broken") : absl::OkStatus(); };
+  std::deque<FakeReplay::Assigned> script;
+  for (int i = 1; i <= Actor::kMaxFailures + 3; ++i) script.push_back({i, replay::v1::RANDOM, 1});
+  replay_.Assign(script);
+  EXPECT_THAT(MakeActor()->Run(),
+              StatusIs(absl::StatusCode::kInternal, testing::AllOf(testing::HasSubstr("'counting' failed in episode 5 after 2 decisions"),
+                                                                   testing::HasSubstr("broken"))));
+  EXPECT_EQ(replay_.chunks().size(), static_cast<size_t>(Actor::kMaxFailures)) << "what was played is kept";
+}
+
+TEST_F(ActorTest, PlaysTheTaskThatIsHandedOut) {
+  ASSERT_OK(SetField(experiment_, "environment={action_repeat: 4 tasks {name: 'a'} tasks {name: 'b' action_repeat: 2}}"));
+  replay_.Assign({{1, replay::v1::RANDOM, 1, "a"}, {2, replay::v1::TRAIN, 2, "b"}, {3, replay::v1::TRAIN, 3, "a"}});
+  ASSERT_OK(MakeActor()->Run());
+  ASSERT_EQ(summaries_.size(), 3u);
+  EXPECT_EQ(summaries_[1].task, "b");
+  EXPECT_EQ(summaries_[1].environment_steps, 9 * 2);
+  EXPECT_EQ(summaries_[2].task, "a");
+  EXPECT_EQ(summaries_[2].environment_steps, 9 * 4);
+  // Both once to see whether they fit, then once to be played.
+  EXPECT_THAT(made_, testing::ElementsAre("a 0", "b 0", "a 2", "b 2"));
+}
+
+TEST_F(ActorTest, RefusesATaskThatIsNotConfigured) {
+  replay_.Assign({{1, replay::v1::RANDOM, 1, "other"}});
+  EXPECT_THAT(MakeActor()->Run(), StatusIs(absl::StatusCode::kFailedPrecondition, testing::HasSubstr("'other'")));
 }
 
 TEST_F(ActorTest, CountsStepsEpisodesAndReturns) {

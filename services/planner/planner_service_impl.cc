@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <map>
 #include <random>
 #include <thread>
 #include <utility>
@@ -80,6 +81,7 @@ class ActCall final : public BatchRequest {
 
   std::vector<SlotInput> inputs;
   std::string model;                                // asked for; empty: any
+  bool pinned = false;                              // planned with `checked_with`, whatever is newer by then
   std::shared_ptr<const ServedModel> checked_with;  // the model that `inputs` were found to fit
 
  private:
@@ -226,7 +228,11 @@ class PlannerServerImpl final : public PlannerServer, public planner::v1::Planne
   // Checks everything that the client may have got wrong, so that in a batch nobody suffers from another's mistake.
   absl::Status Prepare(const grpc::CallbackServerContext& context, const ActRequest& request, ActCall& call) {
     RETURN_IF_ERROR(CheckRequest(request));
-    ASSIGN_OR_RETURN(const std::shared_ptr<const ServedModel> served, Served());
+    ASSIGN_OR_RETURN(std::shared_ptr<const ServedModel> served, Served());
+    if (request.has_snapshot_version()) {
+      call.pinned = true;
+      served = holder_.Get({request.snapshot_version().generation(), request.snapshot_version().counter()});
+    }
     call.client_id = request.client_id();
     call.slots = request.slots_size();
     call.urgent = request.priority() == planner::v1::EVALUATION;
@@ -251,18 +257,19 @@ class PlannerServerImpl final : public PlannerServer, public planner::v1::Planne
 
   // On the worker thread.
   void RunBatch(Batcher::Batch batch) {
-    const std::shared_ptr<const ServedModel> served = holder_.Get();
-    std::vector<ActCall*> calls;
+    const std::shared_ptr<const ServedModel> newest = holder_.Get();
+    std::map<SnapshotVersion, std::vector<ActCall*>> by_version;
     for (const auto& request : batch) {
       ActCall& call = static_cast<ActCall&>(*request);
-      const absl::Status status = call.checked_with == served ? absl::OkStatus() : Check(served, call);
+      const bool checked = call.pinned || call.checked_with == newest;
+      const absl::Status status = checked ? absl::OkStatus() : Check(newest, call);
       if (status.ok()) {
-        calls.push_back(&call);
+        by_version[call.checked_with->version].push_back(&call);
       } else {
         call.Fail(status);
       }
     }
-    if (!calls.empty()) RunCalls(*served, calls);
+    for (const auto& [version, calls] : by_version) RunCalls(*calls[0]->checked_with, calls);
   }
 
   void RunCalls(const ServedModel& served, absl::Span<ActCall* const> calls) {

@@ -303,6 +303,52 @@ TEST_F(PlannerServiceTest, SwapsUnderLoadFailNothing) {
   EXPECT_EQ(Metric("orrery_planner_snapshots_refused_total").counter.value, 19);
 }
 
+TEST_F(PlannerServiceTest, AnEvaluationKeepsItsSnapshot) {
+  Start(1);
+  ASSERT_OK_AND_ASSIGN(const ActResponse first, Act(Request("one", 1)));
+  ASSERT_OK(planner_->snapshots().Load(TinySnapshot(2, 2)));
+  ActRequest pinned = Request("one", 2, &first.results(0));
+  *pinned.mutable_snapshot_version() = first.snapshot_version();
+  ASSERT_OK_AND_ASSIGN(const ActResponse old, Act(pinned));
+  EXPECT_EQ(old.snapshot_version().counter(), 1);
+  ASSERT_OK_AND_ASSIGN(const ActResponse now, Act(Request("one", 2, &first.results(0))));
+  EXPECT_EQ(now.snapshot_version().counter(), 2);
+  EXPECT_NE(old.results(0).action(0), now.results(0).action(0)) << "other parameters";
+  pinned.mutable_snapshot_version()->set_counter(99);
+  ASSERT_OK_AND_ASSIGN(const ActResponse gone, Act(pinned));
+  EXPECT_EQ(gone.snapshot_version().counter(), 2);
+  EXPECT_EQ(gone.results(0).action(0), now.results(0).action(0));
+}
+
+// Requests for two snapshots in one batch: each gets the answer it gets alone.
+TEST_F(PlannerServiceTest, SnapshotsShareABatch) {
+  options_.service.set_max_delay_micros(500000);
+  Start(1);
+  ASSERT_OK(planner_->snapshots().Load(TinySnapshot(2, 2)));
+  std::vector<ActRequest> requests = {Request("a", 1), Request("b", 1)};
+  requests[0].mutable_snapshot_version()->set_generation(1);
+  requests[0].mutable_snapshot_version()->set_counter(1);
+  std::vector<ActResponse> alone, together(2);
+  for (const ActRequest& request : requests) {
+    ASSERT_OK_AND_ASSIGN(alone.emplace_back(), Act(request));
+  }
+  std::vector<std::thread> threads;
+  for (size_t i = 0; i < 2; ++i) {
+    threads.emplace_back([&, i] {
+      absl::StatusOr<ActResponse> response = Act(requests[i]);
+      EXPECT_OK(response);
+      if (response.ok()) together[i] = *response;
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (size_t i = 0; i < 2; ++i) {
+    EXPECT_EQ(together[i].snapshot_version().counter(), static_cast<int64_t>(i) + 1);
+    ASSERT_EQ(together[i].results_size(), 1);
+    ExpectSame(together[i].results(0), alone[i].results(0));
+  }
+  EXPECT_NE(alone[0].results(0).action(0), alone[1].results(0).action(0));
+}
+
 TEST_F(PlannerServiceTest, CloseFailsWhatWaitsAndWhatComesLater) {
   options_.service.set_max_delay_micros(1000000);
   Start();

@@ -15,6 +15,7 @@ using Command = std::function<absl::Status()>;
 void AddTrainCommand(CLI::App& app, Command& command);
 void AddEvalCommand(CLI::App& app, Command& command);
 void AddInspectCommand(CLI::App& app, Command& command);
+void AddReplayCommand(CLI::App& app, Command& command);
 void AddBenchCommand(CLI::App& app, Command& command);
 void AddDoctorCommand(CLI::App& app, Command& command);
 

@@ -18,6 +18,7 @@
 #include "libs/client/channel.h"
 #include "libs/config/config.h"
 #include "libs/envs/environment.h"
+#include "libs/envs/tasks.h"
 #include "libs/telemetry/service_host.h"
 #include "services/actor/actor.h"
 #include "services/planner/planner_service_impl.h"
@@ -102,7 +103,17 @@ absl::StatusOr<std::optional<config::v1::Experiment>> FindExperiment(const Flags
 absl::StatusOr<EnvironmentOptions> PlayedEnvironment(const Flags& flags,
                                                      const std::optional<config::v1::Experiment>& experiment) {
   EnvironmentOptions options;
-  if (experiment.has_value()) options = ToEnvironmentOptions(experiment->environment());
+  if (experiment.has_value()) {
+    ASSIGN_OR_RETURN(const std::vector<EnvironmentOptions> tasks, TaskOptions(experiment->environment()));
+    if (flags.environment.empty() && tasks.size() > 1) {
+      return absl::InvalidArgumentError(absl::StrCat("the configuration has several tasks: choose one with --env, expected one of ",
+                                                     absl::StrJoin(tasks, ", ", [](std::string* out, const auto& task) {
+                                                       absl::StrAppend(out, task.task);
+                                                     })));
+    }
+    const auto chosen = std::find_if(tasks.begin(), tasks.end(), [&](const auto& task) { return task.task == flags.environment; });
+    options = chosen != tasks.end() ? *chosen : tasks[0];
+  }
   if (!flags.environment.empty() && flags.environment != options.task) {
     options.task = flags.environment;
     options.time_limit = 0;
@@ -278,7 +289,7 @@ void AddEvalCommand(CLI::App& app, Command& command) {
                    "Simulator steps per decision (default: the configuration's, else 1)")
       ->check(CLI::Range(1, 64));
   eval->add_option("--image_size", flags->image_size, "Height and width of the pictures (default: the model's)")
-      ->check(CLI::IsMember({32, 64}));
+      ->check(CLI::Range(32, 128));
   eval->add_option("--quality", flags->quality, "Rendering: fast or reference (default: the configuration's, else fast)")
       ->check(CLI::IsMember({"fast", "reference"}));
   eval->add_option("--episodes", flags->episodes, "Episodes to play")->check(CLI::Range(1, 100000))->capture_default_str();

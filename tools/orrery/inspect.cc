@@ -42,9 +42,11 @@ absl::Status RunRollout(const RolloutFlags& flags) {
       input.qpos = *std::move(array);
     } else if (name == "qvel") {
       input.qvel = *std::move(array);
+    } else if (name == "target") {
+      input.target = *std::move(array);
     } else {
       return absl::InvalidArgumentError(
-          absl::StrCat(flags.input, ": unknown tensor '", name, "', expected action, qpos and qvel"));
+          absl::StrCat(flags.input, ": unknown tensor '", name, "', expected action, qpos, qvel and target"));
     }
   }
   if (!has_action) return absl::InvalidArgumentError(absl::StrCat(flags.input, ": no tensor 'action' [T, A]"));
@@ -62,7 +64,8 @@ void AddRollout(CLI::App& inspect, Command& command) {
       "rollout", "Plays given actions step by step (action repeat 1) and writes rewards, states and pictures");
   auto flags = std::make_shared<RolloutFlags>();
   rollout->add_option("--env", flags->environment, "Task")->required();
-  rollout->add_option("--input", flags->input, "action [T, A] in the task's own units; optionally qpos, qvel")
+  rollout->add_option("--input", flags->input, "action [T, A] in the task's own units; optionally qpos, qvel, target [2] (reacher_easy: "
+                                               "metres; without it, where the task's file has it)")
       ->type_name("FILE")
       ->required();
   rollout->add_option("--out", flags->out, "reward, qpos, qvel, image and the other modalities")
@@ -182,7 +185,8 @@ void AddReplay(CLI::App& inspect, Command& command) {
   CLI::App* replay = inspect.add_subcommand("replay", "Lists the episodes of a run's experience, or writes one's rows");
   auto flags = std::make_shared<ReplayFlags>();
   replay->add_option("--run_dir", flags->run_dir, "Folder of a run of `orrery train` that is not running")->type_name("FOLDER");
-  replay->add_option("--store", flags->store, "Where the experience lives: file:FOLDER or redis://HOST:PORT (default: file:RUN_DIR/replay)");
+  replay->add_option("--store", flags->store, "Where the experience lives: file:FOLDER, redis://HOST:PORT or redis-cluster://HOST:PORT "
+                                              "(default: file:RUN_DIR/replay)");
   replay->add_option("--run", flags->run, "Name of the run (default: the configuration's)");
   CLI::Option* episode = replay->add_option("--episode", flags->episode, "Writes the rows of this episode");
   CLI::Option* out = replay->add_option("--out", flags->rows, "Safetensors file for them")->type_name("FILE")->needs(episode);

@@ -23,6 +23,7 @@ int Main(int argc, char** argv) {
   orrery::AddTrainCommand(app, command);
   orrery::AddEvalCommand(app, command);
   orrery::AddInspectCommand(app, command);
+  orrery::AddReplayCommand(app, command);
   orrery::AddBenchCommand(app, command);
   orrery::AddDoctorCommand(app, command);
   try {

@@ -31,6 +31,10 @@ absl::StatusOr<std::vector<float>> PlannerPolicy::Act(const ArrayMap& observatio
   planner::v1::ActRequest request;
   request.set_client_id("orrery-eval");
   request.set_priority(planner::v1::EVALUATION);
+  if (version_ != SnapshotVersion{}) {
+    request.mutable_snapshot_version()->set_generation(version_.generation);
+    request.mutable_snapshot_version()->set_counter(version_.counter);
+  }
   *request.add_slots() = MakeSlot(observation, belief_, previous_action_, DeriveSeed(seed_, "act", row_));
   absl::StatusOr<planner::v1::ActResponse> answer = client_.Act(request, absl::Now() + patience_);
   if (!answer.ok()) return Annotate(answer.status(), "planner");

@@ -39,7 +39,7 @@ class RandomPolicy : public Policy {
   std::mt19937_64 random_;
 };
 
-// Asks a planner service, without exploration noise. While it is away or busy it is asked again for up to `patience`; other
+// Asks a planner service, without exploration noise, for one snapshot: that of its first answer, while the service keeps it. While it is away or busy it is asked again for up to `patience`; other
 // errors, and an answer of a wrong size, are returned.
 class PlannerPolicy : public Policy {
  public:

@@ -41,8 +41,8 @@ std::string Minutes(double seconds) {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<RunLog>> RunLog::Open(const std::string& folder, int64_t updates, int action_repeat) {
-  std::unique_ptr<RunLog> log(new RunLog(action_repeat));
+absl::StatusOr<std::unique_ptr<RunLog>> RunLog::Open(const std::string& folder, int64_t updates, double steps_per_row) {
+  std::unique_ptr<RunLog> log(new RunLog(steps_per_row));
   absl::MutexLock lock(&log->mu_);
   std::vector<std::string> columns;
   for (const std::string& term : LossTerms()) columns.push_back("loss_" + term);
@@ -107,7 +107,7 @@ void RunLog::AddUpdate(const Learner::UpdateReport& report) {
       {"gradient_norm", report.result.gradient_norm},
       {"update_seconds", report.update_seconds},
       {"batch_wait_seconds", report.batch_wait_seconds},
-      {"environment_steps", static_cast<double>(report.rows_appended * action_repeat_)}};
+      {"environment_steps", static_cast<double>(report.rows_appended) * steps_per_row_}};
   std::map<std::string, double> event = row;
   for (const auto& [term, loss] : report.result.losses) {
     row["loss_" + term] = loss;

@@ -30,7 +30,7 @@ class RunLog {
  public:
   // In a folder that holds an earlier run's files, goes on behind update `updates`; episodes.csv keeps its rows.
   static absl::StatusOr<std::unique_ptr<RunLog>> Open(const std::string& folder, int64_t updates,
-                                                      int action_repeat);
+                                                      double steps_per_row);
   ~RunLog();
   void AddUpdate(const Learner::UpdateReport& report);
   // `updates`: made when the episode ended.
@@ -38,13 +38,13 @@ class RunLog {
   RunTotals totals() const;
 
  private:
-  explicit RunLog(int action_repeat) : action_repeat_(action_repeat), begin_(absl::Now()) {}
+  explicit RunLog(double steps_per_row) : steps_per_row_(steps_per_row), begin_(absl::Now()) {}
   absl::Status OpenEpisodes(const std::string& path) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Count(const std::string& mode, double episode_return, int64_t steps, double seconds)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Note(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
-  const int action_repeat_;
+  const double steps_per_row_;
   const absl::Time begin_;
   double seconds_before_ = 0;  // constant after Open
   mutable absl::Mutex mu_;

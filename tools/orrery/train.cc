@@ -157,8 +157,8 @@ bool Watch(TrainingRun& run, const config::v1::Experiment& experiment) {
 absl::Status MakeFilm(const config::v1::Experiment& experiment, const std::string& snapshot, const std::string& path) {
   ASSIGN_OR_RETURN(const ModelSnapshot loaded, LoadSnapshot(snapshot));
   ASSIGN_OR_RETURN(std::unique_ptr<Planner> planner, MakePlanner(experiment.planner(), loaded.info.model));
-  ASSIGN_OR_RETURN(std::unique_ptr<Environment> environment,
-                   MakeEnvironment(ToEnvironmentOptions(experiment.environment())));
+  ASSIGN_OR_RETURN(const std::vector<EnvironmentOptions> tasks, TaskOptions(experiment.environment()));
+  ASSIGN_OR_RETURN(std::unique_ptr<Environment> environment, MakeEnvironment(tasks[0]));
   EpisodeFilmOptions options;
   options.seed = DeriveSeed(static_cast<uint64_t>(experiment.seed()), "film");
   ASSIGN_OR_RETURN(const std::string film, FilmEpisode(*loaded.model, *planner, *environment, options));
@@ -217,7 +217,7 @@ void AddTrainCommand(CLI::App& app, Command& command) {
       ->allow_extra_args(false);
   train->add_option("--run_dir", flags->run_dir, "Folder of the run (default: runs/NAME-SEED)")->type_name("FOLDER");
   train->add_flag("--resume", flags->resume, "Goes on with the run in --run_dir");
-  train->add_option("--store", flags->store, "Where the experience lives: file:FOLDER, memory: or redis://HOST:PORT "
+  train->add_option("--store", flags->store, "Where the experience lives: file:FOLDER, memory:, redis://HOST:PORT or redis-cluster://HOST:PORT "
                                              "(default: file:RUN_DIR/replay)");
   train->add_option("--metrics_listen", flags->metrics_listen, "HOST:PORT for /metrics (default: none)");
   train->add_option("--device", flags->device, "cpu, cuda or cuda:N")->capture_default_str();

@@ -83,6 +83,39 @@ std::string TinyRun(const std::string& run_dir) {
                       " --set planner.cem.candidates=30 --set planner.cem.iterations=2 ");
 }
 
+TEST(Train, SeveralTasksTakeTurns) {
+  const TempDir dir;
+  const std::string run = dir / "run";
+  const Outcome trained = Orrery(TinyRun(run) + "--set learning.max_episodes=5 --set 'environment={image_size: 32 "
+                                 "tasks {name: \"point_pixels\"} tasks {name: \"cartpole_swingup\" action_repeat: 8 time_limit: 400}}'");
+  ASSERT_EQ(trained.code, 0) << trained.output;
+  std::vector<std::string> played;
+  for (const auto& episode : Rows(run + "/episodes.csv")) played.push_back(absl::StrCat(episode[1], " ", episode[3], " ", episode[6]));
+  EXPECT_THAT(played, testing::ElementsAre("random point_pixels 50", "random cartpole_swingup 450", "random point_pixels 500",
+                                           "train cartpole_swingup 900", "train point_pixels 950",
+                                           testing::StartsWith("evaluate point_pixels"),
+                                           testing::StartsWith("evaluate cartpole_swingup")));
+  const std::string eval = absl::StrCat("eval --json --snapshot=", run, "/snapshots/latest.safetensors");
+  const Outcome unclear = Orrery(eval);
+  EXPECT_EQ(unclear.code, 1);
+  EXPECT_THAT(unclear.output, HasSubstr("choose one with --env, expected one of point_pixels, cartpole_swingup"));
+  const Outcome agent = Orrery(eval + " --env=cartpole_swingup");
+  ASSERT_EQ(agent.code, 0) << agent.output;
+  EXPECT_EQ(nlohmann::json::parse(agent.output)["rows"][0], 51) << "the task's own repeat and limit";
+}
+
+TEST(Train, ChoicesAreLearnedFromRandomActions) {
+  const TempDir dir;
+  const std::string run = dir / "run";
+  const Outcome trained =
+      Orrery(TinyRun(run) + "--set learning.max_episodes=5 --set environment.task=point_pixels_discrete --set planner.genetic={} "
+                            "--set collection.random_actions=true");
+  ASSERT_EQ(trained.code, 0) << trained.output;
+  std::vector<std::string> modes;
+  for (const auto& episode : Rows(run + "/episodes.csv")) modes.push_back(episode[1]);
+  EXPECT_EQ(modes, (std::vector<std::string>{"random", "random", "random", "random", "random", "evaluate"}));
+}
+
 TEST(Train, RunsResumesAndIsEvaluated) {
   const TempDir dir;
   const std::string run = dir / "run";

@@ -68,7 +68,7 @@ absl::Status TrainingRun::MakeLearner(std::shared_ptr<grpc::Channel> channel) {
   };
   ASSIGN_OR_RETURN(learner_, Learner::Create(std::move(learner)));
   ASSIGN_OR_RETURN(log_, RunLog::Open(options_.run_dir, learner_->progress().updates,
-                                      experiment.environment().action_repeat()));
+                                      StepsPerRow(experiment.environment())));
   return absl::OkStatus();
 }
 
