@@ -78,17 +78,6 @@ void Process::Kill() {
 
 std::string Process::Log() const { return ReadFile(log_).value_or(""); }
 
-int FreePort() {
-  const int fd = socket(AF_INET, SOCK_STREAM, 0);
-  sockaddr_in address = Loopback(0);
-  socklen_t length = sizeof(address);
-  const bool bound = bind(fd, reinterpret_cast<sockaddr*>(&address), length) == 0 &&
-                     getsockname(fd, reinterpret_cast<sockaddr*>(&address), &length) == 0;
-  close(fd);
-  EXPECT_TRUE(bound) << "no free port on 127.0.0.1";
-  return ntohs(address.sin_port);
-}
-
 std::string HttpGet(int port, const std::string& path) {
   const int fd = socket(AF_INET, SOCK_STREAM, 0);
   const timeval timeout{5, 0};

@@ -35,9 +35,6 @@ class Process {
   int status_ = -1;  // of waitpid, once it ended
 };
 
-// A TCP port that was free on 127.0.0.1 a moment ago.
-int FreePort();
-
 // Body of http://127.0.0.1:PORT/PATH, or empty when there is no answer.
 std::string HttpGet(int port, const std::string& path);
 

@@ -4,6 +4,9 @@
 #include <gtest/gtest.h>
 #include <signal.h>
 
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
 #include <functional>
 #include <map>
 #include <memory>
@@ -18,6 +21,7 @@
 #include "libs/base/status_matchers.h"
 #include "libs/base/testing.h"
 #include "libs/client/channel.h"
+#include "libs/client/planner_client.h"
 #include "libs/client/replay_client.h"
 #include "libs/envs/environment.h"
 #include "libs/replay/chunk_codec.h"
@@ -107,6 +111,49 @@ Chunk ProbeChunk(const ReplayClient::Episode& episode, uint64_t specification_ha
   return chunk;
 }
 
+// A client of the planner, with retries: one agent that sees black pictures.
+class Player {
+ public:
+  explicit Player(const std::string& planner) : client_(MakeChannel(planner).value()), thread_([this] { Run(); }) {}
+  ~Player() { Finish(); }
+  int64_t answers() const { return answers_; }
+  // The errors so far.
+  std::vector<std::string> Finish() {
+    finished_ = true;
+    if (thread_.joinable()) thread_.join();
+    return errors_;
+  }
+
+ private:
+  void Run() {
+    planner::v1::ActRequest request;
+    request.set_client_id("player");
+    planner::v1::Slot& slot = *request.add_slots();
+    common::v1::NamedTensor& image = *slot.add_observations();
+    image.set_name("image");
+    image.mutable_tensor()->set_data_type(common::v1::UINT8);
+    for (const int64_t size : {32, 32, 3}) image.mutable_tensor()->add_shape(size);
+    image.mutable_tensor()->set_data(std::string(32 * 32 * 3, '\0'));
+    while (!finished_) {
+      const absl::StatusOr<planner::v1::ActResponse> response = client_.Act(request, absl::Now() + absl::Seconds(30));
+      if (response.ok()) {
+        slot.set_belief(response->results(0).belief());
+        *slot.mutable_previous_action() = response->results(0).action();
+        answers_ += 1;
+      } else {
+        errors_.push_back(response.status().ToString());
+        absl::SleepFor(absl::Milliseconds(100));
+      }
+    }
+  }
+
+  PlannerClient client_;
+  std::atomic<int64_t> answers_ = 0;
+  std::atomic<bool> finished_ = false;
+  std::vector<std::string> errors_;  // of the thread
+  std::thread thread_;
+};
+
 class SystemTest : public ::testing::Test {
  protected:
   void SetUp() override {
@@ -114,18 +161,14 @@ class SystemTest : public ::testing::Test {
     ASSERT_OK(WriteFileAtomically(config_, kConfig));
     ASSERT_OK(MakeDirectory(dir_ / "redis"));
     ASSERT_OK_AND_ASSIGN(redis_, RedisServer::Start(dir_ / "redis"));
-    for (const char* name : {"replay", "learner", "planner", "actor-0", "actor-1"}) {
-      ports_[name] = FreePort();
-      health_ports_[name] = FreePort();
-      metrics_ports_[name] = FreePort();
-    }
     Start("replay");
     ASSERT_OK_AND_ASSIGN(replay_channel_, MakeChannel(Address("replay")));
     client_ = std::make_unique<ReplayClient>(replay_channel_, "system_test");
   }
 
-  void StartOthers() {
-    for (const char* name : {"learner", "planner", "actor-0", "actor-1"}) Start(name);
+  void StartOthers(int actors = 2) {
+    for (const char* name : {"learner", "planner"}) Start(name);
+    for (int i = 0; i < actors; ++i) Start(absl::StrCat("actor-", i));
   }
 
   void TearDown() override {
@@ -136,15 +179,22 @@ class SystemTest : public ::testing::Test {
     }
   }
 
-  std::string Address(const std::string& name) { return absl::StrCat("127.0.0.1:", ports_[name]); }
+  // A process that is started again keeps its ports.
+  static int Port(std::map<std::string, int>& ports, const std::string& name) {
+    int& port = ports[name];
+    if (port == 0) port = FreePort().value();
+    return port;
+  }
+  std::string Address(const std::string& name) { return absl::StrCat("127.0.0.1:", Port(ports_, name)); }
+  std::string Metrics(const std::string& name) { return HttpGet(Port(metrics_ports_, name), "/metrics"); }
 
   void Start(const std::string& name) {
     const std::string service = name.substr(0, name.find('-'));
     std::vector<std::string> argv = {absl::StrCat(ORRERY_BIN_DIR, "/orrery-", service), "--config", config_,
-                                     "--metrics_listen", absl::StrCat("127.0.0.1:", metrics_ports_[name])};
+                                     "--metrics_listen", absl::StrCat("127.0.0.1:", Port(metrics_ports_, name))};
     auto add = [&argv](std::vector<std::string> more) { argv.insert(argv.end(), more.begin(), more.end()); };
     if (service != "actor") {
-      add({"--listen", Address(name), "--health_listen", absl::StrCat("127.0.0.1:", health_ports_[name])});
+      add({"--listen", Address(name), "--health_listen", absl::StrCat("127.0.0.1:", Port(health_ports_, name))});
     }
     if (service == "replay") add({"--store", redis_->url()});
     if (service == "learner") {
@@ -175,6 +225,18 @@ class SystemTest : public ::testing::Test {
     });
   }
 
+  // Everything that was ever visible is in Redis, read by a store that no service had open.
+  void ExpectAllInRedis(const std::map<ChunkKey, std::string>& seen) {
+    for (auto& [name, process] : processes_) process->Kill();
+    ASSERT_OK_AND_ASSIGN(auto store, OpenStore({redis_->url(), "system_test", 4, absl::Seconds(5)}));
+    ASSERT_GT(seen.size(), 20u);
+    for (const auto& [key, payload] : seen) {
+      ASSERT_OK_AND_ASSIGN(auto chunks, store->Read({key}));
+      ASSERT_TRUE(chunks[0].has_value()) << "episode " << key.episode_id << " row " << key.first_row << " is lost";
+      EXPECT_EQ(chunks[0]->payload, payload);
+    }
+  }
+
   TempDir dir_;
   std::string config_;
   std::unique_ptr<RedisServer> redis_;
@@ -188,7 +250,7 @@ TEST_F(SystemTest, LearnsAndSurvivesTheDeathOfEveryService) {
   StartOthers();
   Witness witness(replay_channel_, "system_test");
   ASSERT_TRUE(MakesProgress(absl::Seconds(90))) << Stats().DebugString();
-  const double first_loss = MetricValue(HttpGet(metrics_ports_["learner"], "/metrics"), "orrery_learner_loss{term=\"total\"}");
+  const double first_loss = MetricValue(Metrics("learner"), "orrery_learner_loss{term=\"total\"}");
   ASSERT_GT(first_loss, 0);
 
   for (const char* name : {"actor-0", "planner", "learner", "replay"}) {
@@ -205,20 +267,55 @@ TEST_F(SystemTest, LearnsAndSurvivesTheDeathOfEveryService) {
   }
 
   EXPECT_TRUE(Eventually(absl::Seconds(90), [&] {
-    const double loss = MetricValue(HttpGet(metrics_ports_["learner"], "/metrics"), "orrery_learner_loss{term=\"total\"}");
+    const double loss = MetricValue(Metrics("learner"), "orrery_learner_loss{term=\"total\"}");
     return loss > 0 && loss < 0.7 * first_loss;
   })) << "the loss stayed near " << first_loss;
 
-  // Everything that was ever visible is in Redis now, read by a store that no service had open.
-  for (auto& [name, process] : processes_) process->Kill();
-  ASSERT_OK_AND_ASSIGN(auto store, OpenStore({redis_->url(), "system_test", 4, absl::Seconds(5)}));
-  const auto seen = witness.chunks();
-  ASSERT_GT(seen.size(), 20u);
-  for (const auto& [key, payload] : seen) {
-    ASSERT_OK_AND_ASSIGN(auto chunks, store->Read({key}));
-    ASSERT_TRUE(chunks[0].has_value()) << "episode " << key.episode_id << " row " << key.first_row << " is lost";
-    EXPECT_EQ(chunks[0]->payload, payload);
+  ExpectAllInRedis(witness.chunks());
+}
+
+// Every service is restarted while all others work. A client that retries notices nothing, and nothing is lost.
+TEST_F(SystemTest, RollingRestartsUnderLoadFailNobody) {
+  StartOthers(4);
+  Witness witness(replay_channel_, "system_test");
+  ASSERT_TRUE(MakesProgress(absl::Seconds(120))) << Stats().DebugString();
+  Player player(Address("planner"));
+  for (const char* name : {"replay", "planner", "learner", "actor-0", "actor-1", "actor-2", "actor-3"}) {
+    SCOPED_TRACE(name);
+    processes_[name]->Signal(SIGTERM);
+    ASSERT_EQ(processes_[name]->Wait(absl::Seconds(20)), 0) << processes_[name]->Log();
+    Start(name);
+    const int64_t answers = player.answers();
+    ASSERT_TRUE(MakesProgress(absl::Seconds(120))) << Stats().DebugString();
+    ASSERT_TRUE(Eventually(absl::Seconds(30), [&] { return player.answers() > answers; }));
   }
+  EXPECT_EQ(player.Finish(), std::vector<std::string>());
+  for (int i = 0; i < 4; ++i) {
+    EXPECT_THAT(processes_[absl::StrCat("actor-", i)]->Log(), ::testing::Not(::testing::HasSubstr("episode dropped")));
+  }
+  ExpectAllInRedis(witness.chunks());
+}
+
+// ORRERY_LOAD_ACTORS=64 is the long form.
+TEST_F(SystemTest, ManyActorsShareOnePlanner) {
+  const char* const given = std::getenv("ORRERY_LOAD_ACTORS");
+  const int actors = given == nullptr ? 8 : std::atoi(given);
+  StartOthers(actors);
+  ASSERT_TRUE(MakesProgress(absl::Seconds(300))) << Stats().DebugString();
+  const auto begin = Stats();
+  const absl::Time since = absl::Now();
+  ASSERT_TRUE(Eventually(absl::Seconds(300), [&] {
+    return Stats().rows_appended() >= begin.rows_appended() + 100 * actors;
+  })) << Stats().DebugString();
+  const std::string planner = Metrics("planner"), replay = Metrics("replay");
+  const double batches = MetricValue(planner, "orrery_planner_batch_size_count");
+  const double slots = MetricValue(planner, "orrery_planner_batch_size_sum");
+  std::printf("%d actors: %.1f rows/s appended, %.1f slots to a batch\n", actors,
+              static_cast<double>(Stats().rows_appended() - begin.rows_appended()) / absl::ToDoubleSeconds(absl::Now() - since),
+              slots / batches);
+  EXPECT_GT(slots / batches, actors / 4.0) << "the planner does not batch";
+  EXPECT_EQ(MetricValue(planner, "orrery_planner_requests_total{code=\"INTERNAL\"}"), 0);
+  for (auto& [name, process] : processes_) EXPECT_TRUE(process->Running()) << name << "\n" << process->Log();
 }
 
 // Chunks that the test itself was told are stored are there after replay died and an empty one took over elsewhere.
@@ -236,7 +333,7 @@ TEST_F(SystemTest, AnEmptyReplayElsewhereServesEveryAcknowledgedChunk) {
   ASSERT_OK(writer->Flush(absl::Now() + absl::Seconds(20)));
   processes_["replay"]->Kill();
 
-  ports_["replay"] = FreePort();
+  ports_["replay"] = FreePort().value();
   Start("replay");
   ASSERT_OK_AND_ASSIGN(auto channel, MakeChannel(Address("replay")));
   auto watcher = ChunkWatcher::Create(channel, "system_test");
@@ -251,9 +348,9 @@ TEST_F(SystemTest, AnEmptyReplayElsewhereServesEveryAcknowledgedChunk) {
 TEST_F(SystemTest, EveryServiceEndsCleanlyOnSigterm) {
   StartOthers();
   ASSERT_TRUE(MakesProgress(absl::Seconds(90))) << Stats().DebugString();
-  EXPECT_THAT(HttpGet(metrics_ports_["replay"], "/metrics"), ::testing::HasSubstr("orrery_replay_steps_appended_total"));
-  EXPECT_THAT(HttpGet(metrics_ports_["planner"], "/metrics"), ::testing::HasSubstr("orrery_planner_batch_size"));
-  EXPECT_THAT(HttpGet(metrics_ports_["actor-0"], "/metrics"), ::testing::HasSubstr("orrery_actor_env_steps_total"));
+  EXPECT_THAT(Metrics("replay"), ::testing::HasSubstr("orrery_replay_steps_appended_total"));
+  EXPECT_THAT(Metrics("planner"), ::testing::HasSubstr("orrery_planner_batch_size"));
+  EXPECT_THAT(Metrics("actor-0"), ::testing::HasSubstr("orrery_actor_env_steps_total"));
   for (const char* name : {"actor-0", "actor-1", "planner", "learner", "replay"}) {
     processes_[name]->Signal(SIGTERM);
     EXPECT_EQ(processes_[name]->Wait(absl::Seconds(20)), 0) << name << "\n" << processes_[name]->Log();
