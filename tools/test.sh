@@ -12,5 +12,7 @@ tools/build.sh
 
 build_dir=build
 [ "${ORRERY_PRESET:-release}" = release ] || build_dir="build-$ORRERY_PRESET"
+echo "test: the Python package"
+ORRERY_BIN_DIR="$PWD/$build_dir/bin" ORRERY_REQUIRE_PROGRAMS=1 tools/python/test.sh -q
 echo "test: running"
 ctest --test-dir "$build_dir" --output-on-failure -j "$(nproc)" "$@"
