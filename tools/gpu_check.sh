@@ -47,7 +47,12 @@ fi
 failed=0
 if [ "$skip_tests" -eq 0 ]; then
   say "tests"
-  "${run[@]}" gpu_test >&2 || failed=1
+  tests="$("${run[@]}" gpu_test 2>&1)" || failed=1
+  printf '%s\n' "$tests" >&2
+  if grep -q 'SKIPPED' <<<"$tests"; then
+    say "error: the driver names a GPU, but LibTorch cannot use it"
+    failed=1
+  fi
 fi
 "${PYTHON:-python3}" "$here/gpu_check.py" --run="$(printf '%q ' "${run[@]}")" --golden="$golden" "${arguments[@]}" || failed=1
 [ "$failed" -eq 0 ] || say "error: not everything agrees, see above"

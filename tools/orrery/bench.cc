@@ -55,6 +55,7 @@ StoredBatch RandomBatch(const config::v1::Experiment& experiment) {
   batch.action = at::rand({t, b, ActionSize(experiment.model())}) * 2 - 1;
   batch.reward = at::rand({t, b});
   batch.is_first = at::zeros({t, b}, at::kByte);
+  batch.is_terminal = at::zeros({t, b}, at::kByte);
   return batch;
 }
 
@@ -64,13 +65,15 @@ absl::Status BenchLearner(Flags flags) {
   ASSIGN_OR_RETURN(const config::v1::Experiment experiment, BenchExperiment(flags, kPaper));
   ASSIGN_OR_RETURN(const torch::Device device, ParseDevice(flags.device));
   ASSIGN_OR_RETURN(const std::unique_ptr<Trainer> trainer,
-                   Trainer::Create(experiment.model(), experiment.learning(), /*seed=*/0, device, flags.threads));
+                   Trainer::Create(experiment.model(), experiment.learning(), /*seed=*/0, device, flags.threads,
+                                   flags.precision == "bfloat16"));
   const StoredBatch batch = RandomBatch(experiment);
   ASSIGN_OR_RETURN(const double seconds, MedianSeconds(flags, [&] { return trainer->Update(batch).status(); }));
   Print(flags, {{"what", "update"},
                 {"batch", experiment.learning().batch_size()},
                 {"length", experiment.learning().sequence_length()},
-                {"seconds", seconds}});
+                {"seconds", seconds},
+                {"precision", flags.precision}});
   return absl::OkStatus();
 }
 
@@ -184,12 +187,15 @@ void PrintResult(const BenchFlags& flags, const nlohmann::ordered_json& result) 
 void AddBenchCommand(CLI::App& app, Command& command) {
   CLI::App* bench = app.add_subcommand("bench", "Measures the parts on this machine");
   bench->require_subcommand(1);
-  AddModelPart(*bench, command, "learner", "Seconds of one update", std::make_shared<Flags>(), BenchLearner);
+  const auto add_precision = [](CLI::App* part, Flags& flags, const char* help) {
+    part->add_option("--precision", flags.precision, help)->check(CLI::IsMember({"float32", "bfloat16"}))->capture_default_str();
+  };
+  const auto learner_flags = std::make_shared<Flags>();
+  CLI::App* learner = AddModelPart(*bench, command, "learner", "Seconds of one update", learner_flags, BenchLearner);
+  add_precision(learner, *learner_flags, "float32 or bfloat16 (on CUDA, of convolutions)");
   const auto flags = std::make_shared<Flags>();
   CLI::App* planner = AddModelPart(*bench, command, "planner", "Seconds of one plan", flags, BenchPlanner);
-  planner->add_option("--precision", flags->precision, "float32 or bfloat16 (on the CPU, where it has AVX512-BF16)")
-      ->check(CLI::IsMember({"float32", "bfloat16"}))
-      ->capture_default_str();
+  add_precision(planner, *flags, "float32 or bfloat16 (on the CPU, where it has AVX512-BF16)");
   planner->add_option("--batch", flags->batches, "Agents planned for together; several, separated by commas")
       ->delimiter(',')
       ->check(CLI::Range(1, 100000))

@@ -105,6 +105,7 @@ void AddLoss(CLI::App& inspect, Command& command) {
       ->type_name("FILE")
       ->required();
   view->add_flag("--gradients", options->gradients, "Writes grad.PARAMETER too");
+  view->add_option("--device", options->device, "cpu, cuda or cuda:N")->capture_default_str();
   AddModelView(view, command, options, "Standard normals: posterior [T, B, S], overshooting [distance + 1, T, B, S]",
                InspectLoss);
 }
@@ -113,6 +114,7 @@ void AddPlan(CLI::App& inspect, Command& command) {
   CLI::App* view = inspect.add_subcommand("plan", "The plan from a belief: its means and deviations");
   auto options = std::make_shared<InspectPlanOptions>();
   view->add_option("--state", options->state, "deter [D], stoch [S]")->type_name("FILE")->required();
+  view->add_option("--device", options->device, "cpu, cuda or cuda:N")->capture_default_str();
   AddModelView(view, command, options, "Standard normals: plan_action [I, H, J, A], plan_state [I, H, J, S]",
                InspectPlan);
 }

@@ -10,6 +10,7 @@
 #include "libs/base/status.h"
 #include "libs/learning/update.h"
 #include "libs/planning/planner.h"
+#include "libs/serving/engine.h"
 #include "libs/tensors/safetensors.h"
 #include "libs/world_model/imagine.h"
 #include "libs/world_model/layout.h"
@@ -35,6 +36,17 @@ absl::StatusOr<LossNoise> TakeLossNoise(InspectNoise& source, const WorldModel& 
   return noise;
 }
 
+void Move(torch::Device device, Batch& batch, LossNoise& noise) {
+  const auto move = [&](Tensor& x) {
+    if (x.defined()) x = x.to(device);
+  };
+  for (TensorMap* map : {&batch.observations, &batch.available})
+    for (auto& [name, x] : *map) move(x);
+  for (Tensor* x : {&batch.action, &batch.reward, &batch.is_first, &batch.is_terminal, &noise.posterior, &noise.overshooting,
+                    &noise.component})
+    move(*x);
+}
+
 void AddRecon(const TensorMap& recon, TensorMap& out) {
   for (const auto& [name, x] : recon) out.emplace(name == "image" ? "recon" : "recon." + name, x);
 }
@@ -42,18 +54,21 @@ void AddRecon(const TensorMap& recon, TensorMap& out) {
 absl::Status Save(const std::string& path, const TensorMap& tensors) {
   SafeTensors file;
   for (const auto& [name, x] : tensors)
-    if (x.defined()) file.tensors.emplace(name, x.detach().to(at::kFloat).contiguous());
+    if (x.defined()) file.tensors.emplace(name, x.detach().to(at::kCPU, at::kFloat).contiguous());
   return SaveSafeTensors(path, file);
 }
 
 }  // namespace
 
 absl::Status InspectLoss(const InspectLossOptions& options) {
+  ASSIGN_OR_RETURN(const torch::Device device, ParseDevice(options.device));
   ASSIGN_OR_RETURN(const ModelSnapshot snapshot, LoadSnapshot(options.snapshot));
   ASSIGN_OR_RETURN(InspectNoise source, OpenNoise(options.noise));
-  ASSIGN_OR_RETURN(const Batch batch, LoadBatch(options.batch, *snapshot.model, source));
+  ASSIGN_OR_RETURN(Batch batch, LoadBatch(options.batch, *snapshot.model, source));
   RETURN_IF_ERROR(CheckLeading(batch.reward, 2, "reward", options.batch));
-  ASSIGN_OR_RETURN(const LossNoise noise, TakeLossNoise(source, *snapshot.model, batch.reward.size(0), batch.reward.size(1)));
+  ASSIGN_OR_RETURN(LossNoise noise, TakeLossNoise(source, *snapshot.model, batch.reward.size(0), batch.reward.size(1)));
+  Move(device, batch, noise);
+  snapshot.model->to(device);
   snapshot.model->UseWorkers(std::make_shared<RowWorkers>(at::get_num_threads()));  // as the learner computes it
   auto loss = ComputeLoss(*snapshot.model, batch, noise, /*with_overshooting=*/true, options.gradients);
   if (!loss.ok()) return Annotate(loss.status(), options.batch);
@@ -83,13 +98,15 @@ absl::Status InspectLoss(const InspectLossOptions& options) {
 }
 
 absl::Status InspectPlan(const InspectPlanOptions& options) {
+  ASSIGN_OR_RETURN(const torch::Device device, ParseDevice(options.device));
   ASSIGN_OR_RETURN(const ModelSnapshot snapshot, LoadSnapshot(options.snapshot));
   ASSIGN_OR_RETURN(InspectNoise source, OpenNoise(options.noise));
   ASSIGN_OR_RETURN(const SafeTensors state, LoadSafeTensors(options.state));
   const Tensor deter = FindTensor(state.tensors, "deter"), stoch = FindTensor(state.tensors, "stoch");
   RETURN_IF_ERROR(CheckLeading(deter, 1, "deter", options.state));
   RETURN_IF_ERROR(CheckLeading(stoch, 1, "stoch", options.state));
-  const LatentState belief{deter.to(at::kFloat).unsqueeze(0), stoch.to(at::kFloat).unsqueeze(0)};
+  snapshot.model->to(device);
+  const LatentState belief{deter.to(device, at::kFloat).unsqueeze(0), stoch.to(device, at::kFloat).unsqueeze(0)};
   ASSIGN_OR_RETURN(const auto planner, MakePlanner(snapshot.info.planner, snapshot.info.model));
   absl::StatusOr<PlanResult> plan = absl::InvalidArgumentError("a plan needs noise: give a seed or a file");
   if (source.generator.has_value()) {
@@ -97,7 +114,7 @@ absl::Status InspectPlan(const InspectPlanOptions& options) {
   } else if (source.file.has_value()) {
     const auto one = [&](const char* name) {
       const Tensor x = FindTensor(*source.file, name);
-      return x.defined() ? x.unsqueeze(0) : x;
+      return x.defined() ? x.to(device).unsqueeze(0) : x;
     };
     plan = planner->PlanWithNoise(*snapshot.model, belief, {one("plan_action"), one("plan_state")});
   }

@@ -22,6 +22,7 @@ struct InspectLossOptions {
   std::string out;
   std::string noise = "0";  // file: `posterior` [T, B, S], `overshooting` [distance + 1, T, B, S] where distance > 1
   bool gradients = false;
+  std::string device = "cpu";
 };
 absl::Status InspectLoss(const InspectLossOptions& options);
 
@@ -30,6 +31,7 @@ struct InspectPlanOptions {
   std::string state;  // `deter` [D], `stoch` [S]
   std::string out;    // `plan_mean` [H, A], `plan_std` [H, A]
   std::string noise = "0";  // file: `plan_action` [I, H, J, A], `plan_state` [I, H, J, S]; "zero" is refused
+  std::string device = "cpu";
 };
 absl::Status InspectPlan(const InspectPlanOptions& options);
 
