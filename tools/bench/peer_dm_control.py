@@ -7,21 +7,11 @@ picture is `physics.render` of the first camera. How many threads draw is Mesa's
 import argparse
 import json
 import os
-import statistics
-import time
 
 import numpy as np
 from dm_control import suite
 
-
-def median(args, call):
-    seconds = []
-    for i in range(args.warm_up + args.repeats):
-        begin = time.perf_counter()
-        call()
-        if i >= args.warm_up:
-            seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
+from timing import median_seconds
 
 
 def bench(args, task):
@@ -39,8 +29,8 @@ def bench(args, task):
             env.physics.render(args.size, args.size, camera_id=0)
 
     print(json.dumps({"what": "render", "task": task, "size": args.size, "mesa_threads": os.environ.get("LP_NUM_THREADS"),
-                      "frames_per_second": args.frames / median(args, draw)}), flush=True)
-    print(json.dumps({"what": "step", "task": task, "steps_per_second": args.steps / median(args, lambda: step(args.steps))}),
+                      "frames_per_second": args.frames / median_seconds(args, draw)}), flush=True)
+    print(json.dumps({"what": "step", "task": task, "steps_per_second": args.steps / median_seconds(args, lambda: step(args.steps))}),
           flush=True)
 
 

@@ -8,8 +8,8 @@ all starts and mostly needs two; Reverb's client decodes and puts batches togeth
 """
 import argparse
 import json
-import statistics
-import time
+
+from timing import median_seconds
 
 ROWS = 50  # of a chunk and of a sequence
 BATCH = 50
@@ -43,17 +43,6 @@ def append(client, frames, rows):
     return chunks * ROWS
 
 
-def measure(args, call):
-    """Median seconds of a call, after a warm-up."""
-    seconds = []
-    for i in range(args.warm_up + args.repeats):
-        begin = time.perf_counter()
-        call()
-        if i >= args.warm_up:
-            seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
-
-
 def bench(args):
     import numpy as np
     import reverb
@@ -62,7 +51,7 @@ def bench(args):
     frames = np.fromfile(args.frames, np.uint8).reshape(-1, 64, 64, 3)
     rows = append(client, frames, ROWS)  # also waits for the server
     rows = -(-args.append_rows // ROWS) * ROWS
-    seconds = measure(args, lambda: append(client, frames, args.append_rows))
+    seconds = median_seconds(args, lambda: append(client, frames, args.append_rows))
     print(json.dumps({"what": "append", "chunk_rows": ROWS, "rows_per_second": rows / seconds}), flush=True)
     dataset = reverb.TrajectoryDataset.from_table_signature(address, TABLE, max_in_flight_samples_per_worker=2 * BATCH)
     batches = iter(dataset.batch(BATCH, drop_remainder=True).prefetch(2))
@@ -72,7 +61,7 @@ def bench(args):
             images = next(batches).data["image"]
             assert images.shape == (BATCH, ROWS, 64, 64, 3), images.shape
 
-    seconds = measure(args, draw)
+    seconds = median_seconds(args, draw)
     print(json.dumps({"what": "sample", "batch": BATCH, "length": ROWS, "batches_per_second": args.batches / seconds}),
           flush=True)
 

@@ -8,8 +8,6 @@ once for all; the elites' standard deviation divides by n - 1 and has no floor.
 """
 import argparse
 import json
-import statistics
-import time
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +17,8 @@ from torch import nn
 from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.envs.model_based import ModelBasedEnvBase
 from torchrl.modules import CEMPlanner
+
+from timing import median_seconds
 
 DETERMINISTIC, STOCHASTIC, HIDDEN, REWARD_HIDDEN, ACTIONS, MIN_STD = 200, 30, 200, 300, 6, 0.1
 
@@ -77,14 +77,11 @@ def main():
                          top_k=args.candidates // 10)
     with torch.no_grad():
         for agents in (int(word) for word in args.plans.split(",")):
-            seconds = []
-            for i in range(args.warm_up + args.repeats):
-                begin = time.perf_counter()
-                action = planner(state(agents))["action"]
-                if i >= args.warm_up:
-                    seconds.append(time.perf_counter() - begin)
+            actions = []
+            seconds = median_seconds(args, lambda: actions.append(planner(state(agents))["action"]))
+            action = actions[-1]
             assert action.shape == (agents, ACTIONS) and action.isfinite().all(), action
-            print(json.dumps({"what": "plan", "batch": agents, "seconds": statistics.median(seconds),
+            print(json.dumps({"what": "plan", "batch": agents, "seconds": seconds,
                               "torch": torch.__version__, "threads": torch.get_num_threads()}), flush=True)
 
 
