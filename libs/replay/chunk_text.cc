@@ -48,6 +48,24 @@ absl::StatusOr<ChunkInfo> ParseInfoText(absl::string_view text) {
   return info;
 }
 
+const char* Name(EpisodeMode mode) {
+  switch (mode) {
+    case EpisodeMode::kRandom: return "random";
+    case EpisodeMode::kTrain: return "train";
+    case EpisodeMode::kEvaluate: return "evaluate";
+  }
+  return "unknown";
+}
+
+const char* Name(EpisodeEnd end) {
+  switch (end) {
+    case EpisodeEnd::kContinues: return "open";
+    case EpisodeEnd::kTerminated: return "terminated";
+    case EpisodeEnd::kTruncated: return "truncated";
+  }
+  return "unknown";
+}
+
 std::string KeyText(const ChunkKey& key) { return absl::StrFormat("%016x:%016x", key.episode_id, key.first_row); }
 
 absl::StatusOr<ChunkKey> ParseKeyText(absl::string_view text) {

@@ -16,6 +16,10 @@ std::string InfoText(const ChunkInfo& info);
 // DATA_LOSS for anything else.
 absl::StatusOr<ChunkInfo> ParseInfoText(absl::string_view text);
 
+// For people: "random", "train" or "evaluate"; "open", "terminated" or "truncated".
+const char* Name(EpisodeMode mode);
+const char* Name(EpisodeEnd end);
+
 // Orders as the key does: 16 hexadecimal digits of the episode, ':', 16 of the first row.
 std::string KeyText(const ChunkKey& key);
 absl::StatusOr<ChunkKey> ParseKeyText(absl::string_view text);

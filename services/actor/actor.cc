@@ -11,6 +11,7 @@
 #include "libs/client/status.h"
 #include "libs/envs/check_step.h"
 #include "libs/replay/chunk_codec.h"
+#include "libs/replay/chunk_text.h"
 #include "libs/telemetry/metrics.h"
 
 namespace orrery {
@@ -22,15 +23,6 @@ constexpr absl::Duration kSlice = absl::Milliseconds(800);
 constexpr absl::Duration kBriefWait = absl::Milliseconds(200);
 constexpr absl::Duration kBeginInterval = absl::Seconds(1);
 constexpr absl::Duration kFinishTimeout = absl::Seconds(5);
-
-const char* Name(EpisodeMode mode) {
-  switch (mode) {
-    case EpisodeMode::kRandom: return "random";
-    case EpisodeMode::kTrain: return "train";
-    case EpisodeMode::kEvaluate: return "evaluate";
-  }
-  return "unknown";
-}
 
 bool IsTransient(const absl::Status& status) {
   return absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status) || absl::IsResourceExhausted(status) ||

@@ -4,7 +4,6 @@
 #include <gmock/gmock.h>
 #include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
-#include <sys/wait.h>
 
 #include <cmath>
 #include <cstdio>
@@ -27,6 +26,7 @@
 #include "libs/telemetry/service_host.h"
 #include "orrery/planner/v1/planner.grpc.pb.h"
 #include "services/replay/replay_service_impl.h"
+#include "tools/orrery/program_testing.h"
 
 namespace orrery {
 namespace {
@@ -36,28 +36,20 @@ using ::testing::HasSubstr;
 using ::testing::SizeIs;
 using Json = nlohmann::json;
 
-struct Outcome {
-  int code = -1;
-  std::string output;  // standard output and error
+struct Results : Outcome {
   std::vector<Json> objects;
 };
 
 // Runs `orrery bench ARGUMENTS --json`.
-Outcome Bench(const std::string& arguments) {
-  Outcome outcome;
-  FILE* pipe = popen(absl::StrCat(ORRERY_BIN_DIR, "/orrery bench ", arguments, " --json 2>&1").c_str(), "r");
-  if (pipe == nullptr) return outcome;
-  char buffer[4096];
-  while (size_t n = std::fread(buffer, 1, sizeof(buffer), pipe)) outcome.output.append(buffer, n);
-  const int status = pclose(pipe);
-  outcome.code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
-  for (const absl::string_view line : absl::StrSplit(outcome.output, '\n')) {
-    if (absl::StartsWith(line, "{")) outcome.objects.push_back(Json::parse(line));
+Results Bench(const std::string& arguments) {
+  Results results{Orrery("bench " + arguments + " --json"), {}};
+  for (const absl::string_view line : absl::StrSplit(results.output, '\n')) {
+    if (absl::StartsWith(line, "{")) results.objects.push_back(Json::parse(line));
   }
-  return outcome;
+  return results;
 }
 
-std::vector<std::string> Whats(const Outcome& outcome) {
+std::vector<std::string> Whats(const Results& outcome) {
   std::vector<std::string> whats;
   for (const Json& object : outcome.objects) whats.push_back(object["what"]);
   return whats;
@@ -187,7 +179,7 @@ TEST(Quantile, IsTheSmallestValueThatTheShareDoesNotExceed) {
 }
 
 TEST(BenchEnv, MeasuresPicturesAndStepsOnOneAndOnSeveralThreads) {
-  const Outcome outcome = Bench("env --task=point_pixels --size=32 --threads=2 --steps=100 --frames=3 --warm_up=0 --repeats=1");
+  const Results outcome = Bench("env --task=point_pixels --size=32 --threads=2 --steps=100 --frames=3 --warm_up=0 --repeats=1");
   ASSERT_EQ(outcome.code, 0) << outcome.output;
   ASSERT_THAT(Whats(outcome), ElementsAre("render", "step", "step"));
   ExpectMeasured(outcome.objects[0], "frames_per_second");
@@ -204,7 +196,7 @@ TEST(BenchEnv, MeasuresPicturesAndStepsOnOneAndOnSeveralThreads) {
 
 TEST(BenchReplay, MeasuresAServiceOfItsOwnAndLeavesNothingBehind) {
   const TempDir dir;
-  const Outcome outcome = Bench(absl::StrCat("replay --store=file:", dir / "store", kTiny,
+  const Results outcome = Bench(absl::StrCat("replay --store=file:", dir / "store", kTiny,
                                              " --set environment.task=point_pixels --set environment.image_size=32",
                                              " --set learning.batch_size=3 --set learning.sequence_length=5"));
   ASSERT_EQ(outcome.code, 0) << outcome.output;
@@ -229,14 +221,14 @@ TEST(BenchReplay, MeasuresAServiceOfItsOwnAndLeavesNothingBehind) {
 
 TEST(BenchReplay, MeasuresARunningService) {
   ReplayService service;
-  const Outcome outcome = Bench(absl::StrCat("replay", service.flags(), kTiny));
+  const Results outcome = Bench(absl::StrCat("replay", service.flags(), kTiny));
   ASSERT_EQ(outcome.code, 0) << outcome.output;
   EXPECT_THAT(Whats(outcome), ElementsAre("append", "append_encoded", "sample_mirrored", "preprocess", "sample_remote"));
   EXPECT_EQ(service.rows(), 4 * 500);
 }
 
 TEST(BenchReplay, ShowsWhatSamplingCostsBySizeOfTheDataSet) {
-  const Outcome outcome = Bench("replay --rows=1000,20000 --warm_up=0 --repeats=1 --batches=2");
+  const Results outcome = Bench("replay --rows=1000,20000 --warm_up=0 --repeats=1 --batches=2");
   ASSERT_EQ(outcome.code, 0) << outcome.output;
   ASSERT_THAT(Whats(outcome), ElementsAre("sample_scaling", "sample_scaling"));
   EXPECT_EQ(outcome.objects[0]["rows"], 1000);
@@ -262,7 +254,7 @@ TEST(BenchReplay, RefusesFlagsThatContradictEachOther) {
 
 TEST(BenchLoad, AThousandActorsKeepTheirBeliefsApart) {
   const FakePlanner planner;
-  const Outcome outcome = Bench("load --actors=1000 --seconds=2 --warm_up=0.2 --timeout=60" + planner.flag());
+  const Results outcome = Bench("load --actors=1000 --seconds=2 --warm_up=0.2 --timeout=60" + planner.flag());
   ASSERT_EQ(outcome.code, 0) << outcome.output;
   ASSERT_THAT(outcome.objects, SizeIs(1)) << outcome.output;
   const Json& load = outcome.objects[0];
@@ -280,7 +272,7 @@ TEST(BenchLoad, AThousandActorsKeepTheirBeliefsApart) {
 
 TEST(BenchLoad, CountsRefusedRequestsApart) {
   const FakePlanner planner(/*refuse_every=*/2);
-  const Outcome outcome = Bench("load --actors=4 --seconds=2 --warm_up=0" + planner.flag());
+  const Results outcome = Bench("load --actors=4 --seconds=2 --warm_up=0" + planner.flag());
   ASSERT_EQ(outcome.code, 0) << outcome.output;
   ASSERT_THAT(outcome.objects, SizeIs(1)) << outcome.output;
   ExpectMeasured(outcome.objects[0], "served_per_second");
@@ -291,7 +283,7 @@ TEST(BenchLoad, CountsRefusedRequestsApart) {
 TEST(BenchLoad, LatenciesOfAnOpenLoopCountFromWhenTheRequestWasDue) {
   const FakePlanner planner(/*refuse_every=*/0, absl::Milliseconds(50));
   // One actor that is due 100 times a second and served 20 times at most.
-  const Outcome outcome = Bench("load --actors=1 --rate=100 --seconds=1 --warm_up=0" + planner.flag());
+  const Results outcome = Bench("load --actors=1 --rate=100 --seconds=1 --warm_up=0" + planner.flag());
   ASSERT_EQ(outcome.code, 0) << outcome.output;
   ASSERT_THAT(outcome.objects, SizeIs(1)) << outcome.output;
   const Json& load = outcome.objects[0];
@@ -307,7 +299,7 @@ TEST(BenchLoad, LatenciesOfAnOpenLoopCountFromWhenTheRequestWasDue) {
 
 TEST(BenchLoad, EveryAcknowledgedRowIsStored) {
   ReplayService service;
-  const Outcome outcome = Bench("load --actors=20 --seconds=2 --warm_up=0 --timeout=60" + service.flags());
+  const Results outcome = Bench("load --actors=20 --seconds=2 --warm_up=0 --timeout=60" + service.flags());
   ASSERT_EQ(outcome.code, 0) << outcome.output;
   ASSERT_THAT(outcome.objects, SizeIs(1)) << outcome.output;
   const Json& load = outcome.objects[0];
@@ -323,12 +315,12 @@ TEST(BenchLoad, SaysWhatIsWrong) {
   EXPECT_THAT(Bench("load").output, HasSubstr("give either --planner=HOST:PORT or --replay=HOST:PORT"));
   EXPECT_THAT(Bench("load --planner=127.0.0.1:1 --set name=x").output, HasSubstr("--config and --set go with --replay"));
   EXPECT_THAT(Bench("load --replay=127.0.0.1:1").output, HasSubstr("--replay needs --config"));
-  const Outcome away = Bench("load --planner=127.0.0.1:1 --timeout=0.5");
+  const Results away = Bench("load --planner=127.0.0.1:1 --timeout=0.5");
   EXPECT_EQ(away.code, 1);
   EXPECT_THAT(away.output, HasSubstr("orrery: error: "));
   const TempDir dir;
   ASSERT_OK(WriteFileAtomically(dir / "config.textproto", kConfig));
-  const Outcome nothing =
+  const Results nothing =
       Bench(absl::StrCat("load --replay=127.0.0.1:1 --actors=2 --seconds=0.2 --warm_up=0 --config=", dir / "config.textproto"));
   EXPECT_EQ(nothing.code, 1);
   EXPECT_THAT(nothing.output, HasSubstr("nothing was served"));

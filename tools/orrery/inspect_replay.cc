@@ -9,54 +9,16 @@
 #include "absl/time/time.h"
 #include "libs/base/status.h"
 #include "libs/replay/chunk_codec.h"
+#include "libs/replay/chunk_text.h"
+#include "libs/replay/live_episodes.h"
 #include "libs/tensors/safetensors.h"
 #include "libs/tensors/tensors.h"
 
 namespace orrery {
 namespace {
 
-constexpr int kChangesAtOnce = 1000;
-
-const char* Name(EpisodeMode mode) {
-  switch (mode) {
-    case EpisodeMode::kRandom: return "random";
-    case EpisodeMode::kTrain: return "train";
-    case EpisodeMode::kEvaluate: return "evaluate";
-  }
-  return "unknown";
-}
-
-const char* Name(EpisodeEnd end) {
-  switch (end) {
-    case EpisodeEnd::kContinues: return "open";
-    case EpisodeEnd::kTerminated: return "terminated";
-    case EpisodeEnd::kTruncated: return "truncated";
-  }
-  return "unknown";
-}
-
 // Chunks of an episode by their first row.
 using Episode = std::map<int64_t, ChunkInfo>;
-
-absl::StatusOr<std::map<int64_t, Episode>> LiveEpisodes(Store& store) {
-  std::map<int64_t, Episode> episodes;
-  std::string cursor;
-  for (bool caught_up = false; !caught_up;) {
-    ASSIGN_OR_RETURN(const ChangeBatch batch, store.Changes(cursor, kChangesAtOnce, absl::ZeroDuration()));
-    for (const Change& change : batch.changes) {
-      const ChunkKey& key = change.info.key;
-      if (change.kind == Change::Kind::kAppend) {
-        episodes[key.episode_id][key.first_row] = change.info;
-      } else if (const auto found = episodes.find(key.episode_id); found != episodes.end()) {
-        found->second.erase(key.first_row);
-        if (found->second.empty()) episodes.erase(found);
-      }
-    }
-    cursor = batch.cursor;
-    caught_up = batch.caught_up || batch.changes.empty();
-  }
-  return episodes;
-}
 
 struct Summary {
   int64_t first_row = 0, rows = 0, gaps = 0, bytes = 0;

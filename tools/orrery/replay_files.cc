@@ -19,6 +19,7 @@
 #include "libs/client/chunk_proto.h"
 #include "libs/replay/chunk_codec.h"
 #include "libs/replay/chunk_text.h"
+#include "libs/replay/live_episodes.h"
 #include "libs/tensors/safetensors.h"
 #include "libs/tensors/tensors.h"
 
@@ -27,35 +28,16 @@ namespace {
 
 constexpr char kFormat[] = "orrery-episode 1";
 constexpr char kRunValue[] = "run";
-constexpr int kChangesAtOnce = 1000;
 constexpr size_t kChunksAtOnce = 32;
 constexpr int kPage = 1000;
 constexpr absl::Duration kCallTimeout = absl::Seconds(60);
-
-const char* Name(EpisodeMode mode) {
-  switch (mode) {
-    case EpisodeMode::kRandom: return "random";
-    case EpisodeMode::kTrain: return "train";
-    case EpisodeMode::kEvaluate: return "evaluate";
-  }
-  return "unknown";
-}
-
-const char* Name(EpisodeEnd end) {
-  switch (end) {
-    case EpisodeEnd::kContinues: return "open";
-    case EpisodeEnd::kTerminated: return "terminated";
-    case EpisodeEnd::kTruncated: return "truncated";
-  }
-  return "unknown";
-}
 
 class StoreSource : public EpisodeSource {
  public:
   explicit StoreSource(Store* store) : store_(store) {}
 
   absl::StatusOr<std::vector<int64_t>> List(int64_t first, int64_t last, std::optional<EpisodeMode> mode) override {
-    RETURN_IF_ERROR(ReadInfos());
+    ASSIGN_OR_RETURN(infos_, LiveEpisodes(*store_));
     std::vector<int64_t> ids;
     for (const auto& [id, chunks] : infos_) {
       const bool wanted = !mode.has_value() || chunks.begin()->second.mode == *mode;
@@ -82,28 +64,8 @@ class StoreSource : public EpisodeSource {
   }
 
  private:
-  absl::Status ReadInfos() {
-    infos_.clear();
-    std::string cursor;
-    for (bool caught_up = false; !caught_up;) {
-      ASSIGN_OR_RETURN(const ChangeBatch batch, store_->Changes(cursor, kChangesAtOnce, absl::ZeroDuration()));
-      for (const Change& change : batch.changes) {
-        const ChunkKey& key = change.info.key;
-        if (change.kind == Change::Kind::kAppend) {
-          infos_[key.episode_id][key.first_row] = change.info;
-        } else if (const auto found = infos_.find(key.episode_id); found != infos_.end()) {
-          found->second.erase(key.first_row);
-          if (found->second.empty()) infos_.erase(found);
-        }
-      }
-      cursor = batch.cursor;
-      caught_up = batch.caught_up;
-    }
-    return absl::OkStatus();
-  }
-
   Store* const store_;
-  std::map<int64_t, std::map<int64_t, ChunkInfo>> infos_;  // by episode and first row
+  LiveEpisodeMap infos_;
 };
 
 class ServiceSource : public EpisodeSource {

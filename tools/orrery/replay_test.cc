@@ -1,9 +1,7 @@
 // `orrery replay` as a program, over file stores.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <sys/wait.h>
 
-#include <cstdio>
 #include <filesystem>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -16,29 +14,14 @@
 #include "libs/base/testing.h"
 #include "libs/replay/chunk_codec.h"
 #include "libs/replay/store.h"
+#include "tools/orrery/program_testing.h"
 
 namespace orrery {
 namespace {
 
 using ::testing::HasSubstr;
 
-struct Outcome {
-  int code = -1;
-  std::string output;  // standard output and error
-};
-
-// Runs `orrery replay ARGUMENTS` in a shell.
-Outcome Replay(const std::string& arguments) {
-  Outcome outcome;
-  const std::string command = absl::StrCat(ORRERY_BIN_DIR, "/orrery replay ", arguments, " 2>&1");
-  FILE* pipe = popen(command.c_str(), "r");
-  if (pipe == nullptr) return outcome;
-  char buffer[4096];
-  while (size_t n = std::fread(buffer, 1, sizeof(buffer), pipe)) outcome.output.append(buffer, n);
-  const int status = pclose(pipe);
-  outcome.code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
-  return outcome;
-}
+Outcome Replay(const std::string& arguments) { return Orrery("replay " + arguments); }
 
 class ReplayCommandTest : public ::testing::Test {
  protected:

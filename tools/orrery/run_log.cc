@@ -16,6 +16,7 @@
 #include "libs/base/file.h"
 #include "libs/base/log.h"
 #include "libs/base/status.h"
+#include "libs/replay/chunk_text.h"
 
 namespace orrery {
 namespace {
@@ -23,15 +24,6 @@ namespace {
 constexpr char kEpisodeHeader[] = "episode,mode,end,task,rows,return,environment_steps,updates,seconds\n";
 constexpr int kEpisodeColumns = 9;
 constexpr int kEventsEveryUpdates = 10;
-
-std::string ModeName(EpisodeMode mode) {
-  switch (mode) {
-    case EpisodeMode::kRandom: return "random";
-    case EpisodeMode::kTrain: return "train";
-    case EpisodeMode::kEvaluate: return "evaluate";
-  }
-  return "unknown";
-}
 
 std::string Minutes(double seconds) {
   const int64_t s = std::llround(std::max(0.0, seconds));
@@ -119,7 +111,7 @@ void RunLog::AddUpdate(const Learner::UpdateReport& report) {
 }
 
 void RunLog::AddEpisode(const EpisodeSummary& episode, int64_t updates) {
-  const std::string mode = ModeName(episode.mode);
+  const std::string mode = Name(episode.mode);
   const double seconds = seconds_before_ + absl::ToDoubleSeconds(absl::Now() - begin_);
   absl::MutexLock lock(&mu_);
   const bool training = episode.mode != EpisodeMode::kEvaluate;

@@ -2,9 +2,7 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <sys/wait.h>
 
-#include <cstdio>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -14,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "libs/base/status_matchers.h"
 #include "libs/base/testing.h"
+#include "tools/orrery/program_testing.h"
 
 namespace orrery {
 namespace {
@@ -133,21 +132,7 @@ TEST(SimulatorPolicy, RefusesWhatItCannotPlanWith) {
               StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("cem.elites")));
 }
 
-// `orrery eval ARGUMENTS` as a program.
-struct Outcome {
-  int code = -1;
-  std::string output;  // standard output and error
-};
-Outcome Eval(const std::string& arguments) {
-  Outcome outcome;
-  FILE* pipe = popen(absl::StrCat(ORRERY_BIN_DIR, "/orrery eval ", arguments, " 2>&1").c_str(), "r");
-  if (pipe == nullptr) return outcome;
-  char buffer[4096];
-  while (size_t n = std::fread(buffer, 1, sizeof(buffer), pipe)) outcome.output.append(buffer, n);
-  const int status = pclose(pipe);
-  outcome.code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
-  return outcome;
-}
+Outcome Eval(const std::string& arguments) { return Orrery("eval " + arguments); }
 
 TEST(EvalWithTheSimulator, NeedsNoSnapshotAndTakesTheConfigurationsPlanner) {
   const std::string arguments = absl::StrCat("--algorithm=simulator --json --episodes=2 --seed=3 --config=",

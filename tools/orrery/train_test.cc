@@ -1,7 +1,6 @@
 // `orrery` as a program: a tiny run on the built-in task, resumed and evaluated; wrong command lines; bad input.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <sys/wait.h>
 #include <webp/demux.h>
 
 #include <algorithm>
@@ -17,29 +16,12 @@
 #include "libs/base/file.h"
 #include "libs/base/status_matchers.h"
 #include "libs/base/testing.h"
+#include "tools/orrery/program_testing.h"
 
 namespace orrery {
 namespace {
 
 using testing::HasSubstr;
-
-struct Outcome {
-  int code = -1;
-  std::string output;  // standard output and error
-};
-
-// Runs `orrery ARGUMENTS` in a shell.
-Outcome Orrery(const std::string& arguments, const std::string& before = "") {
-  Outcome outcome;
-  const std::string command = absl::StrCat(before, ORRERY_BIN_DIR, "/orrery ", arguments, " 2>&1");
-  FILE* pipe = popen(command.c_str(), "r");
-  if (pipe == nullptr) return outcome;
-  char buffer[4096];
-  while (size_t n = std::fread(buffer, 1, sizeof(buffer), pipe)) outcome.output.append(buffer, n);
-  const int status = pclose(pipe);
-  outcome.code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
-  return outcome;
-}
 
 // Rows of a CSV file, without its header.
 std::vector<std::vector<std::string>> Rows(const std::string& path) {
