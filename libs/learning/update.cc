@@ -130,6 +130,22 @@ absl::StatusOr<LossAndGradients> ComputeLoss(const WorldModel& model, const Batc
   });
 }
 
+BehaviorAndGradients ComputeBehavior(const WorldModel& model, const LossOutputs& loss, const BehaviorNoise& noise, bool gradients) {
+  torch::AutoGradMode grad_mode(gradients);
+  const LatentState start{loss.deter.detach().flatten(0, 1), loss.stoch.detach().flatten(0, 1)};
+  BehaviorAndGradients result{ImagineBehavior(model, start, noise), {}, {}};
+  if (!gradients) return result;
+  const auto of = [&](const Tensor& x, absl::string_view prefix) {
+    std::vector<Tensor> parameters;
+    for (const auto& parameter : model.named_parameters())
+      if (absl::StartsWith(parameter.key(), prefix)) parameters.push_back(parameter.value());
+    return GradientsOf(x, parameters, /*allow_unused=*/false);
+  };
+  result.actor = of(result.outputs.loss_actor, "actor.");
+  result.value = of(result.outputs.loss_value, "value.");
+  return result;
+}
+
 Updater::Updater(std::shared_ptr<WorldModel> model, const config::v1::Learning& learning)
     : model_(std::move(model)), epsilon_(learning.adam_epsilon()), clip_(learning.gradient_clip()) {
   model_group_.learning_rate = learning.learning_rate();
@@ -150,13 +166,12 @@ Updater::Updater(std::shared_ptr<WorldModel> model, const config::v1::Learning& 
 void Updater::AddBehavior(const LossOutputs& o, torch::Generator& generator, std::vector<Gradients>& gradients,
                           std::vector<std::pair<const char*, Tensor>>& terms) {
   if (!model_->config().has_behavior()) return;
-  const LatentState start{o.deter.detach().flatten(0, 1), o.stoch.detach().flatten(0, 1)};
-  const BehaviorNoise noise = DrawBehaviorNoise(*model_, start.stoch.size(0), generator);
-  const BehaviorOutputs behavior = ImagineBehavior(*model_, start, noise);
-  gradients.push_back({&actor_group_, GradientsOf(behavior.loss_actor, actor_group_.parameters, /*allow_unused=*/false)});
-  gradients.push_back({&value_group_, GradientsOf(behavior.loss_value, value_group_.parameters, /*allow_unused=*/false)});
-  terms.emplace_back("actor", behavior.loss_actor);
-  terms.emplace_back("value", behavior.loss_value);
+  const BehaviorNoise noise = DrawBehaviorNoise(*model_, o.deter.size(0) * o.deter.size(1), generator);
+  BehaviorAndGradients behavior = ComputeBehavior(*model_, o, noise, /*gradients=*/true);
+  gradients.push_back({&actor_group_, std::move(behavior.actor)});
+  gradients.push_back({&value_group_, std::move(behavior.value)});
+  terms.emplace_back("actor", behavior.outputs.loss_actor);
+  terms.emplace_back("value", behavior.outputs.loss_value);
 }
 
 absl::StatusOr<Updater::Computed> Updater::Compute(const Batch& batch, torch::Generator& generator) {

@@ -11,6 +11,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "libs/config/config.h"
+#include "libs/world_model/behavior.h"
 #include "libs/world_model/world_model.h"
 
 namespace orrery {
@@ -24,6 +25,15 @@ struct LossAndGradients {
 // tensor of batch or noise that does not fit the model.
 absl::StatusOr<LossAndGradients> ComputeLoss(const WorldModel& model, const Batch& batch, const LossNoise& noise,
                                              bool with_overshooting, bool gradients);
+
+// Of a model with model.behavior: the losses of actor and value, imagined from the posterior states of `loss`, and their gradients
+// (empty when not asked) in the order of model.named_parameters(). The path of every update and of `orrery inspect loss`.
+struct BehaviorAndGradients {
+  BehaviorOutputs outputs;
+  std::vector<torch::Tensor> actor;  // of outputs.loss_actor by the parameters "actor.…"
+  std::vector<torch::Tensor> value;  // of outputs.loss_value by the parameters "value.…"
+};
+BehaviorAndGradients ComputeBehavior(const WorldModel& model, const LossOutputs& loss, const BehaviorNoise& noise, bool gradients);
 
 // The batch's part of these checks.
 absl::Status CheckBatch(const config::v1::Model& config, const Batch& batch);

@@ -5,6 +5,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_replace.h"
 #include "libs/base/array.h"
 #include "libs/base/status.h"
@@ -45,6 +46,33 @@ void Move(torch::Device device, Batch& batch, LossNoise& noise) {
   for (Tensor* x : {&batch.action, &batch.reward, &batch.is_first, &batch.is_terminal, &noise.posterior, &noise.overshooting,
                     &noise.component})
     move(*x);
+}
+
+// Adds losses, returns and gradients of actor and value, where the model has them and the noise for them is given.
+absl::Status AddBehavior(InspectNoise& source, const WorldModel& model, const LossOutputs& loss, bool gradients, TensorMap& out) {
+  if (!model.config().has_behavior()) return absl::OkStatus();
+  if (source.file.has_value() && !FindTensor(*source.file, "behavior_action").defined()) return absl::OkStatus();
+  const int64_t h = model.config().behavior().horizon(), n = loss.deter.size(0) * loss.deter.size(1);
+  BehaviorNoise noise;
+  ASSIGN_OR_RETURN(noise.action, TakeNoise(source, "behavior_action", {h, n, ActionSize(model.config())}));
+  ASSIGN_OR_RETURN(noise.state, TakeNoise(source, "behavior_state", {h, n, model.stochastic_size()}));
+  noise = {noise.action.to(loss.deter.device()), noise.state.to(loss.deter.device())};
+  return CatchExceptions("imagining behavior", [&] {
+    const BehaviorAndGradients behavior = ComputeBehavior(model, loss, noise, gradients);
+    const BehaviorOutputs& o = behavior.outputs;
+    out.insert({{"loss_actor", o.loss_actor},
+                {"loss_value", o.loss_value},
+                {"behavior_returns", o.returns},
+                {"behavior_values", o.values},
+                {"behavior_entropy", o.entropy}});
+    auto actor = behavior.actor.begin(), value = behavior.value.begin();
+    for (const auto& parameter : model.named_parameters()) {
+      const std::string name = "grad." + parameter.key();
+      if (gradients && absl::StartsWith(parameter.key(), "actor.")) out[name] = *actor++;
+      if (gradients && absl::StartsWith(parameter.key(), "value.")) out[name] = *value++;
+    }
+    return absl::OkStatus();
+  });
 }
 
 void AddRecon(const TensorMap& recon, TensorMap& out) {
@@ -94,6 +122,7 @@ absl::Status InspectLoss(const InspectLossOptions& options) {
   AddRecon(o.recon, out);
   const auto parameters = snapshot.model->named_parameters();
   for (size_t i = 0; i < loss->gradients.size(); ++i) out.emplace("grad." + parameters[i].key(), loss->gradients[i]);
+  RETURN_IF_ERROR(AddBehavior(source, *snapshot.model, o, options.gradients, out));
   return Save(options.out, out);
 }
 

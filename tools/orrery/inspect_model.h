@@ -20,7 +20,9 @@ struct InspectLossOptions {
   // `is_first` [T, B] uint8.
   std::string batch;
   std::string out;
-  std::string noise = "0";  // file: `posterior` [T, B, S], `overshooting` [distance + 1, T, B, S] where distance > 1
+  // file: `posterior` [T, B, S], `overshooting` [distance + 1, T, B, S] where distance > 1, and for the losses of actor and value,
+  // which are left out otherwise, `behavior_action` [horizon, T·B, A] and `behavior_state` [horizon, T·B, S]: row t·B + b.
+  std::string noise = "0";
   bool gradients = false;
   std::string device = "cpu";
 };

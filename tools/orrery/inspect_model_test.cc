@@ -58,6 +58,38 @@ TEST_F(InspectModel, LossWritesEveryGoldenValueAndGradient) {
   EXPECT_EQ(compared, out.size());
 }
 
+// The value's last bias moves every value alike: its gradient is the mean of values - returns, by hand.
+TEST_F(InspectModel, LossShowsActorAndValue) {
+  auto config = golden_.config;
+  config.mutable_behavior()->set_horizon(4);
+  config.mutable_behavior()->set_discount_weights(false);
+  const auto model = *WorldModel::Create(config, 1);
+  SafeTensors snapshot, noise = *LoadSafeTensors(dir_ / "noise");
+  for (const auto& p : model->named_parameters()) snapshot.tensors[p.key()] = p.value().detach();
+  snapshot.metadata = {{"orrery.model", ToText(config)}};
+  ASSERT_OK(SaveSafeTensors(dir_ / "agent", snapshot));
+  ASSERT_OK(InspectLoss({dir_ / "agent", dir_ / "batch", dir_ / "out", dir_ / "noise", true}));
+  EXPECT_FALSE(Out().count("loss_actor")) << "without noise for it";
+
+  const int64_t rows = golden_["batch/reward"].numel();
+  noise.tensors["behavior_action"] = at::randn({4, rows, ActionSize(config)});
+  ASSERT_OK(SaveSafeTensors(dir_ / "half", noise));
+  EXPECT_THAT(InspectLoss({dir_ / "agent", dir_ / "batch", dir_ / "out", dir_ / "half", true}),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("behavior_state is missing")));
+  noise.tensors["behavior_state"] = at::randn({4, rows, model->stochastic_size()});
+  ASSERT_OK(SaveSafeTensors(dir_ / "all", noise));
+  ASSERT_OK(InspectLoss({dir_ / "agent", dir_ / "batch", dir_ / "out", dir_ / "all", true}));
+  const TensorMap out = Out();
+  const torch::Tensor difference = out.at("behavior_values") - out.at("behavior_returns");
+  EXPECT_TRUE(Near(out.at("loss_value"), 0.5 * difference.square().mean(), 1e-5));
+  EXPECT_TRUE(Near(out.at("grad.value.out.bias"), difference.mean().view({1}), 1e-4));
+  EXPECT_TRUE(Near(out.at("loss_actor"), -out.at("behavior_returns").mean(), 1e-5));
+  EXPECT_GT(out.at("grad.actor.out.weight").abs().max().item<double>(), 0);
+  ASSERT_OK(InspectLoss({dir_ / "agent", dir_ / "batch", dir_ / "out", dir_ / "all", false}));
+  EXPECT_TRUE(at::equal(Out().at("loss_actor"), out.at("loss_actor")));
+  EXPECT_FALSE(Out().count("grad.actor.out.weight"));
+}
+
 TEST_F(InspectModel, PlanMatches) {
   ASSERT_OK(InspectPlan({dir_ / "snapshot", dir_ / "state", dir_ / "out", dir_ / "plan_noise"}));
   EXPECT_TRUE(Near(Out().at("plan_mean"), golden_["expect/plan_mean"]));
