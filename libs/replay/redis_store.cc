@@ -81,11 +81,19 @@ local entries = redis.call('XRANGE', KEYS[1], first, '+', 'COUNT', ARGV[2])
 if at < last and (#entries == 0 or entries[1][1] ~= first) then return {-1, {}} end
 return {last, entries})";
 
-// KEYS: value. ARGV: expected version, new version, value. Returns 1 or the version that is there.
+// KEYS: value. ARGV: version and hash of the value that is known. Returns the time (seconds, microseconds), and unless the
+// value is the known one, its version and itself.
+constexpr char kGetUnlessKnownScript[] = R"(
+local now = redis.call('TIME')
+local kept = redis.call('HMGET', KEYS[1], 'version', 'hash')
+if kept[1] == ARGV[1] and kept[2] == ARGV[2] then return now end
+return {now[1], now[2], kept[1] or '0', redis.call('HGET', KEYS[1], 'value') or ''})";
+
+// KEYS: value. ARGV: expected version, new version, value, its hash. Returns 1 or the version that is there.
 constexpr char kCompareAndSetScript[] = R"(
 local version = redis.call('HGET', KEYS[1], 'version') or '0'
 if version ~= ARGV[1] then return version end
-redis.call('HSET', KEYS[1], 'version', ARGV[2], 'value', ARGV[3])
+redis.call('HSET', KEYS[1], 'version', ARGV[2], 'value', ARGV[3], 'hash', ARGV[4])
 return 1)";
 
 // KEYS: snapshot. ARGV: order, generation, counter, file.
@@ -95,7 +103,7 @@ if kept and kept >= ARGV[1] then return 0 end
 redis.call('HSET', KEYS[1], 'order', ARGV[1], 'generation', ARGV[2], 'counter', ARGV[3], 'file', ARGV[4])
 return 1)";
 
-// KEYS: data set. All replicas ask the node that has this key, so that they see one clock.
+// KEYS: data set. All replicas ask the node that has this key, so that they see one clock; values are there, too.
 constexpr char kTimeScript[] = "return redis.call('TIME')";
 
 // Where a reader is: in the log of each partition, and while it still lists the live chunks, the last one listed.
@@ -119,6 +127,7 @@ class RedisStore : public Store {
   absl::StatusOr<ChangeBatch> Changes(const std::string& cursor, int max, absl::Duration wait) override;
   absl::Status Evict(absl::Span<const ChunkKey> keys) override;
   absl::StatusOr<VersionedValue> Get(const std::string& name) override;
+  absl::StatusOr<TimedValue> GetUnlessKnown(const std::string& name, const ValueIdentity& known) override;
   absl::Status CompareAndSet(const std::string& name, int64_t expected_version, const std::string& value) override;
   absl::Status PutSnapshot(const Snapshot& snapshot) override;
   absl::StatusOr<Snapshot> GetSnapshot() override;
@@ -148,7 +157,7 @@ class RedisStore : public Store {
   // Constant once open.
   int partitions_ = 1;
   std::string generation_;
-  std::string append_, evict_, changes_, compare_and_set_, put_snapshot_, time_;
+  std::string append_, evict_, changes_, get_unless_known_, compare_and_set_, put_snapshot_, time_;
 };
 
 absl::Status Unexpected(absl::string_view key) {
@@ -169,10 +178,21 @@ bool IsArray(const RedisReply& reply, size_t size) {
   return reply.kind == RedisReply::Kind::kArray && reply.elements.size() == size;
 }
 
+std::string HashText(uint64_t hash) { return absl::StrFormat("%016x", hash); }
+
+absl::Status NoTime() { return absl::DataLossError("Redis answers TIME with something else"); }
+
+absl::StatusOr<absl::Time> ToTime(const RedisReply& seconds_reply, const RedisReply& micros_reply) {
+  int64_t seconds = 0, micros = 0;
+  if (!absl::SimpleAtoi(seconds_reply.text, &seconds) || !absl::SimpleAtoi(micros_reply.text, &micros)) return NoTime();
+  return absl::FromUnixMicros(seconds * 1000000 + micros);
+}
+
 absl::Status RedisStore::Open(int partitions) {
   for (const auto& [source, sha] : std::vector<std::pair<const char*, std::string*>>{
            {kAppendScript, &append_}, {kEvictScript, &evict_}, {kChangesScript, &changes_},
-           {kCompareAndSetScript, &compare_and_set_}, {kPutSnapshotScript, &put_snapshot_}, {kTimeScript, &time_}}) {
+           {kGetUnlessKnownScript, &get_unless_known_}, {kCompareAndSetScript, &compare_and_set_},
+           {kPutSnapshotScript, &put_snapshot_}, {kTimeScript, &time_}}) {
     ASSIGN_OR_RETURN(*sha, client_.LoadScript(source));
   }
   const std::string key = RunKey("data_set");
@@ -391,12 +411,28 @@ absl::StatusOr<VersionedValue> RedisStore::Get(const std::string& name) {
   return value;
 }
 
+absl::StatusOr<Store::TimedValue> RedisStore::GetUnlessKnown(const std::string& name, const ValueIdentity& known) {
+  RETURN_IF_ERROR(CheckName("name of a value", name));
+  const std::string key = RunKey(absl::StrCat("value:", name));
+  ASSIGN_OR_RETURN(RedisReply reply, client_.RunOne(RedisClient::Script(
+                                         get_unless_known_, {key}, {absl::StrCat(known.version), HashText(known.hash)})));
+  if (!IsArray(reply, 2) && !IsArray(reply, 4)) return Unexpected(key);
+  TimedValue answer;
+  ASSIGN_OR_RETURN(answer.now, ToTime(reply.elements[0], reply.elements[1]));
+  if (reply.elements.size() == 2) return answer;
+  VersionedValue& value = answer.value.emplace();
+  if (!absl::SimpleAtoi(reply.elements[2].text, &value.version)) return Unexpected(key);
+  value.value = std::move(reply.elements[3].text);
+  return answer;
+}
+
 // Not repeated when a connection breaks: if the first one was done, the second would look as if another came first.
 absl::Status RedisStore::CompareAndSet(const std::string& name, int64_t expected_version, const std::string& value) {
   RETURN_IF_ERROR(CheckName("name of a value", name));
   ASSIGN_OR_RETURN(const RedisReply reply,
                    client_.RunOne(RedisClient::Script(compare_and_set_, {RunKey(absl::StrCat("value:", name))},
-                                                      {absl::StrCat(expected_version), absl::StrCat(expected_version + 1), value}),
+                                                      {absl::StrCat(expected_version), absl::StrCat(expected_version + 1), value,
+                                                       HashText(ValueHash(value))}),
                                   /*repeatable=*/false));
   if (reply.kind == RedisReply::Kind::kInteger) return absl::OkStatus();
   return absl::AbortedError(absl::StrCat("value '", name, "' has version ", reply.text, ", not ", expected_version));
@@ -428,12 +464,8 @@ absl::StatusOr<Store::Snapshot> RedisStore::GetSnapshot() {
 
 absl::StatusOr<absl::Time> RedisStore::Now() {
   ASSIGN_OR_RETURN(const RedisReply reply, client_.RunOne(RedisClient::Script(time_, {RunKey("data_set")}, {})));
-  int64_t seconds = 0, micros = 0;
-  if (!IsArray(reply, 2) || !absl::SimpleAtoi(reply.elements[0].text, &seconds) ||
-      !absl::SimpleAtoi(reply.elements[1].text, &micros)) {
-    return absl::DataLossError("Redis answers TIME with something else");
-  }
-  return absl::FromUnixMicros(seconds * 1000000 + micros);
+  if (!IsArray(reply, 2)) return NoTime();
+  return ToTime(reply.elements[0], reply.elements[1]);
 }
 
 absl::Status RedisStore::Count(DataSetSummary& summary) {

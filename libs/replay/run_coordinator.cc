@@ -32,6 +32,7 @@ struct RunningEpisode {
   std::string actor_id;   // for people who look at the state
   int64_t rows = 0;       // up to the highest row seen
   int64_t expires = 0;    // microseconds since 1970, by the store's clock
+  bool operator==(const RunningEpisode&) const = default;
 };
 
 struct LearnerLease {
@@ -39,11 +40,12 @@ struct LearnerLease {
   int64_t generation = 0;
   int64_t expires = 0;
   int64_t seen = 0;
+  bool operator==(const LearnerLease&) const = default;
 };
 
-void to_json(json& j, const RunningEpisode& e) {
-  j = {{"id", e.id}, {"mode", static_cast<int>(e.mode)}, {"actor_id", e.actor_id}, {"rows", e.rows}, {"expires", e.expires}};
-}
+// Ids come from clients and need not be UTF-8.
+std::string Dump(const json& j) { return j.dump(-1, ' ', false, json::error_handler_t::replace); }
+
 void from_json(const json& j, RunningEpisode& e) {
   e.id = j.at("id");
   e.mode = static_cast<EpisodeMode>(j.at("mode").get<int>());
@@ -61,14 +63,16 @@ void from_json(const json& j, LearnerLease& l) {
   l.seen = j.at("seen");
 }
 
-// Moves `expires` to now + lease once a third of the lease has gone by: not every message is a write.
+// A lease is moved to now + lease once a third of it has gone by: not every message is a write.
+absl::Time RenewalDue(int64_t expires, absl::Duration lease) { return absl::FromUnixMicros(expires) - lease * 2 / 3; }
 void Renew(int64_t& expires, absl::Time now, absl::Duration lease) {
-  if (absl::FromUnixMicros(expires) < now + lease * 2 / 3) expires = absl::ToUnixMicros(now + lease);
+  if (RenewalDue(expires, lease) < now) expires = absl::ToUnixMicros(now + lease);
 }
 
-// Notes that someone was here, exactly enough to tell when it has been away for `absent`.
+// That someone was here is noted exactly enough to tell when it has been away for `absent`.
+absl::Time SeenDue(int64_t seen, absl::Duration absent) { return absl::FromUnixMicros(seen) + absent / 3; }
 void NoteSeen(int64_t& seen, absl::Time now, absl::Duration absent) {
-  if (now - absl::FromUnixMicros(seen) >= absent / 3) seen = absl::ToUnixMicros(now);
+  if (SeenDue(seen, absent) <= now) seen = absl::ToUnixMicros(now);
 }
 
 int64_t MaxEpisodes(const config::v1::Experiment& experiment) {
@@ -99,6 +103,10 @@ absl::Duration AbsentAfter(const config::v1::Experiment& experiment) {
   return absl::Seconds(experiment.replay().limiter().absent_seconds());
 }
 
+absl::Duration EpisodeLease(const config::v1::Experiment& experiment) {
+  return absl::Seconds(experiment.collection().lease_seconds());
+}
+
 }  // namespace
 
 // The value "run" in the store, as JSON (docs/replay_storage.md).
@@ -117,10 +125,29 @@ struct RunCoordinator::State {
   int64_t actors_seen = 0;
   LearnerLease learner;
   std::vector<RunningEpisode> running;
+  bool operator==(const State&) const = default;
 
   RunningEpisode* Find(int64_t id) {
     const auto it = std::find_if(running.begin(), running.end(), [&](const RunningEpisode& e) { return e.id == id; });
     return it == running.end() ? nullptr : &*it;
+  }
+
+  void CountRows(RunningEpisode& episode, int64_t up_to) {
+    if (up_to <= episode.rows) return;
+    if (episode.mode != EpisodeMode::kEvaluate) rows += up_to - episode.rows;
+    episode.rows = up_to;
+  }
+
+  // Drops the notes of episodes that are not running: such a one never runs again.
+  void Apply(Notes& notes) {
+    std::unordered_map<int64_t, int64_t> applied;
+    for (RunningEpisode& episode : running) {
+      auto note = notes.rows.extract(episode.id);
+      if (note.empty()) continue;
+      CountRows(episode, note.mapped());
+      applied.insert(std::move(note));
+    }
+    notes.rows = std::move(applied);
   }
 
   void NoteSeeding(int64_t seed_episodes) {
@@ -156,8 +183,18 @@ struct RunCoordinator::State {
                     {"next_episode", next_episode}, {"started", started}, {"finished", finished}, {"rows", rows},
                     {"seed_rows", seed_rows}, {"evaluation_round", evaluation_round},
                     {"evaluation_next", evaluation_next}, {"updates_done", updates_done},
-                    {"actors_seen", actors_seen}, {"learner", learner}, {"running", running}};
-    return j.dump(-1, ' ', false, json::error_handler_t::replace);  // ids come from clients and need not be UTF-8
+                    {"actors_seen", actors_seen}, {"learner", learner}};
+    std::string text = Dump(j);
+    // With a thousand of these, making objects of them first would be most of the time of a write.
+    text.back() = ',';
+    absl::StrAppend(&text, "\"running\":[");
+    const char* separator = "";
+    for (const RunningEpisode& e : running) {
+      absl::StrAppend(&text, separator, "{\"id\":", e.id, ",\"mode\":", static_cast<int>(e.mode),
+                      ",\"actor_id\":", Dump(e.actor_id), ",\"rows\":", e.rows, ",\"expires\":", e.expires, "}");
+      separator = ",";
+    }
+    return absl::StrCat(text, "]}");
   }
 
   static absl::StatusOr<State> Parse(const std::string& text) {
@@ -185,39 +222,152 @@ struct RunCoordinator::State {
   }
 };
 
-RunCoordinator::RunCoordinator(Store* store, config::v1::Experiment experiment)
-    : store_(store), experiment_(std::move(experiment)), tasks_(TaskEnvironments(experiment_.environment())) {}
+// A change that waits for its turn.
+struct RunCoordinator::Call {
+  const Change* change = nullptr;
+  absl::Status status;
+  bool done = false;
+  absl::CondVar turn;  // it is done, or the first in the queue
+};
 
-absl::Status RunCoordinator::Write(const VersionedValue& old, State& state) {
-  state.writer = RandomIdentity();
-  const std::string text = state.Text();
-  const absl::Status status = store_->CompareAndSet(kValueName, old.version, text);
-  if (!absl::IsUnavailable(status)) return status;
-  // Perhaps it was written and only the answer was lost.
-  const absl::StatusOr<VersionedValue> now = store_->Get(kValueName);
-  return now.ok() && now->value == text ? absl::OkStatus() : status;
+void RunCoordinator::Notes::Add(int64_t episode_id, int64_t up_to, absl::Time by) {
+  int64_t& noted = rows[episode_id];
+  noted = std::max(noted, up_to);
+  write_by = std::min(write_by, by);
 }
 
-absl::Status RunCoordinator::Mutate(const std::function<absl::Status(State&, absl::Time)>& change) {
-  const int64_t seeds = experiment_.collection().seed_episodes();
+bool RunCoordinator::Notes::Due(absl::Time now) const {
+  return !rows.empty() && (now >= write_by || write_by - now > kRowsDelay);  // the latter when the clock was set back
+}
+
+bool RunCoordinator::Quiet::Has(int64_t episode_id, absl::Time now) const {
+  const auto found = until.find(episode_id);
+  return found != until.end() && now >= since && now < found->second;
+}
+
+RunCoordinator::RunCoordinator(Store* store, config::v1::Experiment experiment, Clock& clock)
+    : store_(store),
+      experiment_(std::move(experiment)),
+      tasks_(TaskEnvironments(experiment_.environment())),
+      clock_(clock),
+      state_(std::make_unique<State>()) {}
+
+RunCoordinator::~RunCoordinator() = default;
+
+int RunCoordinator::waiting() const {
   absl::MutexLock lock(&mu_);
+  return static_cast<int>(queue_.size());
+}
+
+bool RunCoordinator::Note(int64_t episode_id, int64_t rows) {
+  absl::MutexLock lock(&mu_);
+  const absl::Time now = clock_.Now();
+  if (!quiet_.Has(episode_id, now)) return false;
+  notes_.Add(episode_id, rows, now + kRowsDelay);
+  return !notes_.Due(now);
+}
+
+bool RunCoordinator::Rest(const std::vector<int64_t>& episode_ids) const {
+  absl::MutexLock lock(&mu_);
+  const absl::Time now = clock_.Now();
+  for (const int64_t id : episode_ids) {
+    if (!quiet_.Has(id, now)) return false;
+  }
+  return !notes_.Due(now);
+}
+
+absl::Status RunCoordinator::Mutate(const Change& change) {
+  Call call{.change = &change};
+  absl::MutexLock lock(&mu_);
+  queue_.push_back(&call);
+  while (!call.done && queue_.front() != &call) call.turn.Wait(&mu_);
+  if (!call.done) ServeQueue();
+  return call.status;
+}
+
+void RunCoordinator::ServeQueue() {
+  const std::vector<Call*> calls(queue_.begin(), queue_.end());
+  Notes notes = std::exchange(notes_, {});
+  mu_.Unlock();
+  const absl::Status status = Commit(calls, notes);
+  mu_.Lock();
+  for (const auto& [episode_id, rows] : notes.rows) notes_.Add(episode_id, rows, notes.write_by);
+  queue_.erase(queue_.begin(), queue_.begin() + static_cast<int64_t>(calls.size()));
+  for (Call* const call : calls) {
+    if (!status.ok()) call->status = status;
+    call->done = true;
+    call->turn.Signal();
+  }
+  if (!queue_.empty()) queue_.front()->turn.Signal();
+}
+
+absl::Status RunCoordinator::Commit(absl::Span<Call* const> calls, Notes& notes) {
+  const int64_t seeds = experiment_.collection().seed_episodes();
   for (int attempt = 0; attempt < kMaxAttempts; ++attempt) {
-    ASSIGN_OR_RETURN(const VersionedValue old, store_->Get(kValueName));
-    ASSIGN_OR_RETURN(const absl::Time now, store_->Now());
-    State state = State::New(now, seeds);
-    if (old.version != 0) {
-      ASSIGN_OR_RETURN(state, State::Parse(old.value));
-    }
-    const std::string before = state.Text();
+    const absl::Time local = clock_.Now();
+    const ValueIdentity seen = known_;
+    ASSIGN_OR_RETURN(const absl::Time now, Refresh());
+    State state = *state_;
+    state.Apply(notes);
+    // Rows alone are no reason to write until they are due.
+    const State before = notes.Due(local) ? *state_ : state;
     state.Expire(now, seeds);
-    RETURN_IF_ERROR(change(state, now));
-    if (state.Text() == before) return absl::OkStatus();
-    const absl::Status status = Write(old, state);
+    for (Call* const call : calls) call->status = (*call->change)(state, now);
+    absl::Status status;
+    const bool altered = state != before;
+    if (altered) status = Write(std::move(state));
+    if (status.ok()) {
+      if (altered || notes.Due(local)) notes = {};
+      if (known_ != seen) UpdateQuiet(local, now);
+      return absl::OkStatus();
+    }
     if (!absl::IsAborted(status)) return status;
     // Another replica came first: a short random pause lets one of us win.
-    absl::SleepFor(absl::Microseconds(DeriveSeed(absl::GetCurrentTimeNanos(), state.writer) % (50 << std::min(attempt, 8))));
+    absl::SleepFor(absl::Microseconds(DeriveSeed(absl::GetCurrentTimeNanos(), RandomIdentity()) % (50 << std::min(attempt, 8))));
   }
   return absl::UnavailableError(absl::StrCat("state of the run: others changed it first ", kMaxAttempts, " times"));
+}
+
+absl::StatusOr<absl::Time> RunCoordinator::Refresh() {
+  ASSIGN_OR_RETURN(const Store::TimedValue read, store_->GetUnlessKnown(kValueName, known_));
+  if (!read.value.has_value()) return read.now;
+  known_ = {};
+  version_ = read.value->version;
+  if (version_ == 0) {  // a run begins with its first write
+    *state_ = State::New(read.now, experiment_.collection().seed_episodes());
+  } else {
+    ASSIGN_OR_RETURN(*state_, State::Parse(read.value->value));
+    known_ = IdentityOf(*read.value);
+  }
+  return read.now;
+}
+
+absl::Status RunCoordinator::Write(State state) {
+  state.writer = RandomIdentity();
+  const VersionedValue value{state.Text(), version_ + 1};
+  known_ = {};
+  absl::Status status = store_->CompareAndSet(kValueName, version_, value.value);
+  if (absl::IsUnavailable(status)) {
+    // Perhaps it was written and only the answer was lost.
+    const absl::StatusOr<VersionedValue> there = store_->Get(kValueName);
+    if (there.ok() && there->value == value.value) status = absl::OkStatus();
+  }
+  RETURN_IF_ERROR(status);
+  *state_ = std::move(state);
+  version_ = value.version;
+  known_ = IdentityOf(value);
+  return absl::OkStatus();
+}
+
+void RunCoordinator::UpdateQuiet(absl::Time local, absl::Time now) {
+  Quiet quiet{local, {}};
+  const absl::Time seen_due = SeenDue(state_->actors_seen, AbsentAfter(experiment_));
+  for (const RunningEpisode& episode : state_->running) {
+    const absl::Time due = std::min(seen_due, RenewalDue(episode.expires, EpisodeLease(experiment_)));
+    if (due > now) quiet.until.emplace(episode.id, local + (due - now));
+  }
+  absl::MutexLock lock(&mu_);
+  std::swap(quiet_, quiet);
 }
 
 bool RunCoordinator::HandedOutAll(const State& state) const {
@@ -298,33 +448,34 @@ absl::StatusOr<std::optional<EpisodeAssignment>> RunCoordinator::BeginEpisode(co
       episode.task = tasks_[state.started % tasks].task();
       episode.seed = DeriveSeed(experiment_.seed(), "environment", state.started++);
     }
-    const absl::Duration lease = absl::Seconds(experiment_.collection().lease_seconds());
-    state.running.push_back({episode.episode_id, *mode, actor_id, 0, absl::ToUnixMicros(now + lease)});
+    const absl::Time expires = now + EpisodeLease(experiment_);
+    state.running.push_back({episode.episode_id, *mode, actor_id, 0, absl::ToUnixMicros(expires)});
     return absl::OkStatus();
   }));
   return result;
 }
 
 absl::Status RunCoordinator::RecordChunk(const ChunkInfo& info) {
+  const int64_t rows = info.key.first_row + info.rows;
+  if (info.end == EpisodeEnd::kContinues && Note(info.key.episode_id, rows)) return absl::OkStatus();
   return Mutate([&](State& state, absl::Time now) {
     RunningEpisode* const episode = state.Find(info.key.episode_id);
     if (episode == nullptr) return absl::OkStatus();  // finished or abandoned: a repeat, or news that came too late
     NoteSeen(state.actors_seen, now, AbsentAfter(experiment_));
-    const int64_t rows = std::max(episode->rows, info.key.first_row + info.rows);
-    if (episode->mode != EpisodeMode::kEvaluate) state.rows += rows - episode->rows;
-    episode->rows = rows;
-    Renew(episode->expires, now, absl::Seconds(experiment_.collection().lease_seconds()));
+    state.CountRows(*episode, rows);
+    Renew(episode->expires, now, EpisodeLease(experiment_));
     if (info.end != EpisodeEnd::kContinues) state.Finish(episode->id, experiment_.collection().seed_episodes());
     return absl::OkStatus();
   });
 }
 
 absl::Status RunCoordinator::RenewLeases(const std::vector<int64_t>& episode_ids) {
+  if (Rest(episode_ids)) return absl::OkStatus();
   return Mutate([&](State& state, absl::Time now) {
     for (const int64_t id : episode_ids) {
       RunningEpisode* const episode = state.Find(id);
       if (episode == nullptr) continue;
-      Renew(episode->expires, now, absl::Seconds(experiment_.collection().lease_seconds()));
+      Renew(episode->expires, now, EpisodeLease(experiment_));
       NoteSeen(state.actors_seen, now, AbsentAfter(experiment_));
     }
     return absl::OkStatus();
@@ -408,6 +559,26 @@ absl::StatusOr<RunProgress> RunCoordinator::Progress() {
     return absl::OkStatus();
   }));
   return progress;
+}
+
+absl::StatusOr<std::string> RunCoordinator::RunIdOf(Store& store) {
+  ASSIGN_OR_RETURN(const VersionedValue value, store.Get(kValueName));
+  if (value.version == 0) return std::string();
+  ASSIGN_OR_RETURN(const State state, State::Parse(value.value));
+  return state.run_id;
+}
+
+absl::Status RunCoordinator::WritePlayed(Store& store, const PlayedRun& run) {
+  ASSIGN_OR_RETURN(const absl::Time now, store.Now());
+  State state;
+  state.run_id = run.run_id;
+  state.writer = RandomIdentity();
+  state.specification_hash = absl::StrFormat("%016x", run.specification_hash);
+  state.next_episode = run.last_episode + 1;
+  state.started = state.finished = run.training_episodes;
+  state.rows = state.seed_rows = run.training_rows;
+  state.actors_seen = state.learner.seen = absl::ToUnixMicros(now);
+  return store.CompareAndSet(kValueName, 0, state.Text());
 }
 
 absl::Status ValidatePacing(const config::v1::Experiment& experiment) {

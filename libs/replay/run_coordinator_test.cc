@@ -2,11 +2,14 @@
 
 #include <gtest/gtest.h>
 
+#include <functional>
+#include <limits>
 #include <map>
 #include <random>
 #include <set>
 #include <thread>
 
+#include "absl/synchronization/notification.h"
 #include "libs/base/clock.h"
 #include "libs/base/random.h"
 #include "libs/base/status_matchers.h"
@@ -60,6 +63,27 @@ std::string Joined(std::initializer_list<std::string> parts) {
   return all;
 }
 
+// Counts, and lets a test act before each write.
+class WatchedStore : public FaultStore {
+ public:
+  explicit WatchedStore(Store* store) : FaultStore(store, std::numeric_limits<int>::max()), target(store) {}
+  std::atomic<Store*> target;
+  std::atomic<int> writes = 0;
+  std::atomic<int> values_sent = 0;
+  std::function<absl::Status(int n)> before_write;  // the n-th one; an error is what the writer gets
+
+  absl::StatusOr<TimedValue> GetUnlessKnown(const std::string& name, const ValueIdentity& known) override {
+    auto answer = target.load()->GetUnlessKnown(name, known);
+    if (answer.ok() && answer->value.has_value()) ++values_sent;
+    return answer;
+  }
+  absl::Status CompareAndSet(const std::string& name, int64_t version, const std::string& value) override {
+    const int n = ++writes;
+    const absl::Status status = before_write ? before_write(n) : absl::OkStatus();
+    return status.ok() ? target.load()->CompareAndSet(name, version, value) : status;
+  }
+};
+
 class RunCoordinatorTest : public ::testing::Test {
  protected:
   // One episode with its mode's letter: R, T or E; "-" for not now, "." for complete.
@@ -85,6 +109,29 @@ class RunCoordinatorTest : public ::testing::Test {
     return grant.ok() ? grant->updates : -1;
   }
 
+  // Runs the calls on threads of their own: while the first one writes, all others wait, so that they are served together. The
+  // writes after the first one go through `then`.
+  static void Together(RunCoordinator& c, WatchedStore& store, const std::vector<std::function<void()>>& calls,
+                       const std::function<absl::Status(int)>& then = [](int) { return absl::OkStatus(); }) {
+    absl::Notification writing, go_on;
+    const int first = store.writes + 1;
+    store.before_write = [&](int n) {
+      if (n != first) return then(n - first);
+      writing.Notify();
+      go_on.WaitForNotification();
+      return absl::OkStatus();
+    };
+    std::vector<std::thread> threads;
+    for (const std::function<void()>& call : calls) {
+      threads.emplace_back(call);
+      writing.WaitForNotification();
+    }
+    while (c.waiting() < static_cast<int>(calls.size())) std::this_thread::yield();
+    go_on.Notify();
+    for (std::thread& thread : threads) thread.join();
+    store.before_write = nullptr;
+  }
+
   FakeClock clock_{absl::FromUnixSeconds(1700000000)};
   std::unique_ptr<Store> store_ = MakeMemoryStore({}, clock_);
   EpisodeAssignment last_;
@@ -97,7 +144,7 @@ TEST_F(RunCoordinatorTest, AlternateRunsAlgorithmOneInOrder) {
   e.mutable_learning()->set_max_episodes(7);
   e.mutable_evaluation()->set_every_episodes(2);
   e.mutable_evaluation()->set_episodes(2);
-  RunCoordinator c(store_.get(), e);
+  RunCoordinator c(store_.get(), e, clock_);
   ASSERT_OK_AND_ASSIGN(const int64_t generation, c.AcquireLearner("learner"));
   // Actor and learner both try as often as they like, in a scrambled order: only one order of events comes out.
   std::string order;
@@ -141,7 +188,7 @@ TEST_F(RunCoordinatorTest, NumbersAndSeedsEpisodesReproducibly) {
   e.mutable_evaluation()->set_episodes(2);
   const auto play = [&] {
     const std::unique_ptr<Store> store = MakeMemoryStore({}, clock_);
-    RunCoordinator c(store.get(), e);
+    RunCoordinator c(store.get(), e, clock_);
     const int64_t generation = *c.AcquireLearner("learner");
     std::vector<std::tuple<int64_t, EpisodeMode, uint64_t>> episodes;
     for (int i = 0, done = 0; i < 8; ++i) {
@@ -168,7 +215,7 @@ TEST_F(RunCoordinatorTest, TasksTakeTurns) {
   for (const char* name : {"a", "b"}) e.mutable_environment()->add_tasks()->set_name(name);
   e.mutable_evaluation()->set_every_episodes(2);
   e.mutable_evaluation()->set_episodes(2);
-  RunCoordinator c(store_.get(), e);
+  RunCoordinator c(store_.get(), e, clock_);
   const int64_t generation = *c.AcquireLearner("learner");
   std::string order;
   std::vector<uint64_t> evaluated;
@@ -187,7 +234,7 @@ TEST_F(RunCoordinatorTest, CollectsWithRandomActionsThroughout) {
   config::v1::Experiment e = Alternate(1, 0, 1);
   e.mutable_collection()->set_random_actions(true);
   e.mutable_evaluation()->set_every_episodes(2);
-  RunCoordinator c(store_.get(), e);
+  RunCoordinator c(store_.get(), e, clock_);
   const int64_t generation = *c.AcquireLearner("learner");
   std::string order;
   for (int i = 0, done = 0; i < 5; ++i) {
@@ -202,7 +249,7 @@ TEST_F(RunCoordinatorTest, CollectsWithRandomActionsThroughout) {
 }
 
 TEST_F(RunCoordinatorTest, KeepsOneRunIdAndOneSpecification) {
-  RunCoordinator a(store_.get(), Alternate(5, 0, 1)), b(store_.get(), Alternate(5, 0, 1));
+  RunCoordinator a(store_.get(), Alternate(5, 0, 1), clock_), b(store_.get(), Alternate(5, 0, 1), clock_);
   ASSERT_OK_AND_ASSIGN(const auto first, a.BeginEpisode("a", kSpec));
   ASSERT_OK_AND_ASSIGN(const auto second, b.BeginEpisode("b", kSpec));
   EXPECT_EQ(first->run_id, second->run_id);
@@ -212,10 +259,10 @@ TEST_F(RunCoordinatorTest, KeepsOneRunIdAndOneSpecification) {
               StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("00000000deadbef0 of actor c is not the run's, 00000000deadbeef")));
   EXPECT_THAT(b.BeginEpisode("", kSpec), StatusIs(absl::StatusCode::kInvalidArgument));
   EXPECT_THAT(b.BeginEpisode(std::string(129, 'x'), kSpec), StatusIs(absl::StatusCode::kInvalidArgument));
-  EXPECT_OK(b.BeginEpisode("\xff not UTF-8", kSpec));
+  EXPECT_OK(b.BeginEpisode("\xff not UTF-8, \"quoted\\", kSpec));
   EXPECT_OK(a.Progress());
   const std::unique_ptr<Store> other = MakeMemoryStore({}, clock_);
-  RunCoordinator c(other.get(), Alternate(5, 0, 1));
+  RunCoordinator c(other.get(), Alternate(5, 0, 1), clock_);
   EXPECT_EQ(c.Progress()->run_id, "");
   EXPECT_OK(c.BeginEpisode("a", kSpec));
   EXPECT_THAT(c.Progress()->run_id, Ne(first->run_id));
@@ -224,7 +271,7 @@ TEST_F(RunCoordinatorTest, KeepsOneRunIdAndOneSpecification) {
 }
 
 TEST_F(RunCoordinatorTest, CountsRowsOnceUpToTheHighest) {
-  RunCoordinator c(store_.get(), Alternate(2, 0, 1));
+  RunCoordinator c(store_.get(), Alternate(2, 0, 1), clock_);
   ASSERT_EQ(Begin(c), "R");
   const int64_t id = last_.episode_id;
   EXPECT_OK(c.RecordChunk(Rows(id, 0, 50)));
@@ -240,7 +287,7 @@ TEST_F(RunCoordinatorTest, CountsRowsOnceUpToTheHighest) {
 TEST_F(RunCoordinatorTest, AnEpisodeWithoutNewsIsAbandoned) {
   config::v1::Experiment e = Alternate(1, 0, 1);
   e.mutable_collection()->set_lease_seconds(60);
-  RunCoordinator c(store_.get(), e);
+  RunCoordinator c(store_.get(), e, clock_);
   ASSERT_EQ(Begin(c), "R");
   const int64_t id = last_.episode_id;
   EXPECT_EQ(Begin(c), "-");
@@ -262,7 +309,7 @@ TEST_F(RunCoordinatorTest, AnEpisodeWithoutNewsIsAbandoned) {
 }
 
 TEST_F(RunCoordinatorTest, OneLearnerAtATime) {
-  RunCoordinator a(store_.get(), Alternate(1, 5, 5)), b(store_.get(), Alternate(1, 5, 5));
+  RunCoordinator a(store_.get(), Alternate(1, 5, 5), clock_), b(store_.get(), Alternate(1, 5, 5), clock_);
   EXPECT_THAT(a.ReserveUpdates(0, 0, 1), StatusIs(absl::StatusCode::kFailedPrecondition));
   EXPECT_THAT(a.AcquireLearner("one"), IsOkAndHolds(1));
   EXPECT_THAT(b.AcquireLearner("one"), IsOkAndHolds(1));
@@ -281,7 +328,7 @@ TEST_F(RunCoordinatorTest, OneLearnerAtATime) {
 }
 
 TEST_F(RunCoordinatorTest, ALearnerThatEndsLetsAnotherOneIn) {
-  RunCoordinator c(store_.get(), Alternate(1, 5, 5));
+  RunCoordinator c(store_.get(), Alternate(1, 5, 5), clock_);
   const int64_t first = *c.AcquireLearner("one");
   EXPECT_THAT(c.ReleaseLearner(first + 1, 0), StatusIs(absl::StatusCode::kFailedPrecondition));
   EXPECT_THAT(c.AcquireLearner("two"), StatusIs(absl::StatusCode::kAlreadyExists)) << "a stranger released nothing";
@@ -294,7 +341,7 @@ TEST_F(RunCoordinatorTest, ALearnerThatEndsLetsAnotherOneIn) {
 }
 
 TEST_F(RunCoordinatorTest, ALearnerThatFellBackOwesItsUpdatesAgain) {
-  RunCoordinator c(store_.get(), Alternate(1, 5, 5));
+  RunCoordinator c(store_.get(), Alternate(1, 5, 5), clock_);
   const int64_t generation = *c.AcquireLearner("one");
   Play(c);
   EXPECT_EQ(Reserve(c, generation, 0, 100), 5);
@@ -308,7 +355,7 @@ TEST_F(RunCoordinatorTest, ALearnerThatFellBackOwesItsUpdatesAgain) {
 TEST_F(RunCoordinatorTest, WithoutSeedEpisodesCollectingComesFirst) {
   config::v1::Experiment e = Alternate(0, 0, 3);
   e.mutable_learning()->clear_initial_updates();
-  RunCoordinator c(store_.get(), e);
+  RunCoordinator c(store_.get(), e, clock_);
   const int64_t generation = *c.AcquireLearner("one");
   EXPECT_EQ(Reserve(c, generation, 0, 100), 0);
   EXPECT_EQ(Play(c), "T");
@@ -320,7 +367,7 @@ TEST_F(RunCoordinatorTest, EndsWithinTheSeedEpisodes) {
   config::v1::Experiment e = Alternate(5, 10, 10);
   e.mutable_learning()->set_max_episodes(2);
   e.mutable_evaluation()->set_every_episodes(1);
-  RunCoordinator c(store_.get(), e);
+  RunCoordinator c(store_.get(), e, clock_);
   const int64_t generation = *c.AcquireLearner("one");
   EXPECT_EQ(Joined({Play(c), Begin(c), Begin(c)}), "RR.");
   EXPECT_EQ(Reserve(c, generation, 0, 10), 0);
@@ -331,7 +378,7 @@ TEST_F(RunCoordinatorTest, EndsWithinTheSeedEpisodes) {
 }
 
 TEST_F(RunCoordinatorTest, ConcurrentHoldsUpdatesPerRowInsideTheBand) {
-  RunCoordinator c(store_.get(), Concurrent(1, 0.5, 20));
+  RunCoordinator c(store_.get(), Concurrent(1, 0.5, 20), clock_);
   const int64_t generation = *c.AcquireLearner("one");
   ASSERT_EQ(Begin(c), "R");
   const int64_t seed_episode = last_.episode_id;
@@ -355,7 +402,7 @@ TEST_F(RunCoordinatorTest, AnAbsentSideDoesNotBlockTheOther) {
   config::v1::Experiment e = Concurrent(1, 1, 10);
   e.mutable_replay()->mutable_limiter()->set_absent_seconds(60);
   e.mutable_collection()->set_lease_seconds(600);
-  RunCoordinator c(store_.get(), e);
+  RunCoordinator c(store_.get(), e, clock_);
   const int64_t generation = *c.AcquireLearner("one");
   EXPECT_EQ(Joined({Play(c, 50), Play(c, 50)}), "RT");
   EXPECT_EQ(Begin(c), "-");
@@ -380,7 +427,7 @@ TEST_F(RunCoordinatorTest, ConcurrentEndsWithTheUpdatesThatBelongToTheRows) {
   e.mutable_learning()->set_max_episodes(2);
   e.mutable_evaluation()->set_every_episodes(1);
   e.mutable_evaluation()->set_episodes(1);
-  RunCoordinator c(store_.get(), e);
+  RunCoordinator c(store_.get(), e, clock_);
   const int64_t generation = *c.AcquireLearner("one");
   EXPECT_EQ(Joined({Play(c, 30), Play(c, 31), Begin(c), Begin(c)}), "RTE.");
   EXPECT_EQ(Reserve(c, generation, 0, 1000), 30);
@@ -395,7 +442,7 @@ TEST_F(RunCoordinatorTest, ConcurrentEndsWithTheUpdatesThatBelongToTheRows) {
 }
 
 TEST_F(RunCoordinatorTest, RepeatedQuestionsWriteNothing) {
-  RunCoordinator c(store_.get(), Alternate(1, 5, 5));
+  RunCoordinator c(store_.get(), Alternate(1, 5, 5), clock_);
   const int64_t generation = *c.AcquireLearner("one");
   Begin(c);
   EXPECT_OK(c.Progress());
@@ -413,7 +460,7 @@ TEST_F(RunCoordinatorTest, ReportsADamagedState) {
   for (const char* text : {"", "{", "[]", R"({"run_id": 5})"}) {
     const std::unique_ptr<Store> store = MakeMemoryStore({}, clock_);
     EXPECT_OK(store->CompareAndSet("run", 0, text));
-    RunCoordinator c(store.get(), Alternate(1, 5, 5));
+    RunCoordinator c(store.get(), Alternate(1, 5, 5), clock_);
     EXPECT_THAT(c.BeginEpisode("a", kSpec), StatusIs(absl::StatusCode::kDataLoss, HasSubstr("value 'run'")));
   }
 }
@@ -425,7 +472,7 @@ TEST_F(RunCoordinatorTest, ManyActorsOverManyReplicasAndLostReplies) {
   e.mutable_collection()->set_lease_seconds(60);
   FaultStore faulty(store_.get(), 17);
   std::vector<std::unique_ptr<RunCoordinator>> replicas;
-  for (int i = 0; i < 3; ++i) replicas.push_back(std::make_unique<RunCoordinator>(&faulty, e));
+  for (int i = 0; i < 3; ++i) replicas.push_back(std::make_unique<RunCoordinator>(&faulty, e, clock_));
   absl::Mutex mu;
   std::map<int64_t, EpisodeMode> played;
   std::set<uint64_t> seeds;
@@ -455,7 +502,7 @@ TEST_F(RunCoordinatorTest, ManyActorsOverManyReplicasAndLostReplies) {
   }
   for (std::thread& actor : actors) actor.join();
   EXPECT_GT(faulty.faults(), 10);
-  RunCoordinator c(store_.get(), e);
+  RunCoordinator c(store_.get(), e, clock_);
   clock_.Advance(absl::Seconds(61));
   ASSERT_OK_AND_ASSIGN(const RunProgress progress, c.Progress());
   EXPECT_EQ(progress.episodes_started, 100);
@@ -467,6 +514,303 @@ TEST_F(RunCoordinatorTest, ManyActorsOverManyReplicasAndLostReplies) {
   for (const auto& [id, mode] : played) random += mode == EpisodeMode::kRandom;
   EXPECT_LE(random, 10);
   EXPECT_GE(random, 5);
+}
+
+TEST_F(RunCoordinatorTest, ThreadsShareAWrite) {
+  WatchedStore store(store_.get());
+  RunCoordinator c(&store, Alternate(1000, 0, 1), clock_);
+  absl::Mutex mu;
+  std::set<int64_t> episodes;
+  const auto begin = [&] {
+    const auto episode = c.BeginEpisode("actor", kSpec);
+    ASSERT_OK(episode);
+    ASSERT_TRUE(episode->has_value());
+    absl::MutexLock lock(&mu);
+    EXPECT_TRUE(episodes.insert((*episode)->episode_id).second);
+  };
+  Together(c, store, std::vector<std::function<void()>>(40, begin));
+  EXPECT_EQ(store.writes, 2);
+  EXPECT_EQ(episodes.size(), 40u);
+  EXPECT_EQ(*episodes.rbegin(), 40);
+  RunCoordinator b(store_.get(), Alternate(1000, 0, 1), clock_);
+  EXPECT_EQ(b.Progress()->episodes_started, 40);
+}
+
+TEST_F(RunCoordinatorTest, ACallThatFailsDoesNotDisturbThoseBesideIt) {
+  WatchedStore store(store_.get());
+  RunCoordinator c(&store, Alternate(1000, 0, 1), clock_);
+  std::atomic<int> acquired = 0, held = 0;
+  const auto begin = [&] { EXPECT_OK(c.BeginEpisode("actor", kSpec)); };
+  const auto begin_another = [&] {
+    EXPECT_THAT(c.BeginEpisode("actor", kSpec + 1), StatusIs(absl::StatusCode::kFailedPrecondition));
+  };
+  const auto acquire = [&](const char* learner) {
+    const auto generation = c.AcquireLearner(learner);
+    if (generation.ok()) {
+      ++acquired;
+    } else {
+      ++held;
+      EXPECT_THAT(generation, StatusIs(absl::StatusCode::kAlreadyExists));
+    }
+  };
+  const auto reserve = [&] { EXPECT_THAT(c.ReserveUpdates(9, 77, 1), StatusIs(absl::StatusCode::kFailedPrecondition)); };
+  Together(c, store, {begin, begin_another, [&] { acquire("one"); }, begin, reserve, [&] { acquire("two"); }, begin});
+  EXPECT_EQ(store.writes, 2);
+  EXPECT_EQ(acquired, 1);
+  EXPECT_EQ(held, 1);
+  RunCoordinator b(store_.get(), Alternate(1000, 0, 1), clock_);
+  ASSERT_OK_AND_ASSIGN(const RunProgress progress, b.Progress());
+  EXPECT_EQ(progress.episodes_started, 3);
+  EXPECT_EQ(progress.updates_done, 0);
+  EXPECT_EQ(progress.specification_hash, kSpec);
+  EXPECT_OK(b.ReserveUpdates(1, 0, 1));
+}
+
+TEST_F(RunCoordinatorTest, AWriteThatFailsFailsAllThatWereInIt) {
+  WatchedStore store(store_.get());
+  RunCoordinator c(&store, Alternate(1000, 0, 1), clock_);
+  std::atomic<int> begun = 0, failed = 0;
+  const auto begin = [&] {
+    const auto episode = c.BeginEpisode("actor", kSpec);
+    if (episode.ok()) {
+      ++begun;
+    } else {
+      ++failed;
+      EXPECT_THAT(episode, StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("full")));
+    }
+  };
+  Together(c, store, std::vector<std::function<void()>>(10, begin), [](int) { return absl::ResourceExhaustedError("full"); });
+  EXPECT_EQ(begun, 1);
+  EXPECT_EQ(failed, 9);
+  ASSERT_EQ(Begin(c), "R");
+  EXPECT_EQ(last_.episode_id, 2);
+  EXPECT_EQ(c.Progress()->episodes_started, 2);
+}
+
+TEST_F(RunCoordinatorTest, CallsAreRepeatedTogetherWhenAnotherReplicaWasFirst) {
+  WatchedStore store(store_.get());
+  RunCoordinator c(&store, Alternate(1000, 0, 1), clock_), b(store_.get(), Alternate(1000, 0, 1), clock_);
+  absl::Mutex mu;
+  std::set<int64_t> episodes;
+  const auto begin_at = [&](RunCoordinator& at) {
+    const auto episode = at.BeginEpisode("actor", kSpec);
+    ASSERT_OK(episode);
+    ASSERT_TRUE(episode->has_value());
+    absl::MutexLock lock(&mu);
+    EXPECT_TRUE(episodes.insert((*episode)->episode_id).second);
+  };
+  Together(c, store, std::vector<std::function<void()>>(10, [&] { begin_at(c); }), [&](int n) {
+    if (n == 1) begin_at(b);
+    return absl::OkStatus();
+  });
+  EXPECT_EQ(store.writes, 3);
+  EXPECT_EQ(episodes.size(), 11u);
+  EXPECT_EQ(*episodes.rbegin(), 11);
+  EXPECT_EQ(b.Progress()->episodes_started, 11);
+}
+
+TEST_F(RunCoordinatorTest, RowsOfAnEpisodeThatGoesOnAreWrittenAfterAWhile) {
+  WatchedStore store(store_.get());
+  RunCoordinator a(&store, Alternate(2, 0, 1), clock_), b(store_.get(), Alternate(2, 0, 1), clock_);
+  ASSERT_EQ(Begin(a), "R");
+  const int64_t id = last_.episode_id;
+  EXPECT_EQ(store.writes, 1);
+  EXPECT_OK(a.RecordChunk(Rows(id, 0, 10)));
+  EXPECT_EQ(a.Progress()->rows_appended, 10);
+  EXPECT_EQ(b.Progress()->rows_appended, 0);
+  clock_.Advance(absl::Milliseconds(99));
+  EXPECT_OK(a.RecordChunk(Rows(id, 10, 10)));
+  EXPECT_EQ(a.Progress()->rows_appended, 20);
+  EXPECT_EQ(store.writes, 1);
+  clock_.Advance(absl::Milliseconds(1));
+  EXPECT_OK(a.RecordChunk(Rows(id, 20, 5)));
+  EXPECT_EQ(store.writes, 2);
+  EXPECT_EQ(b.Progress()->rows_appended, 25);
+  // Any other call writes them as well; what is there already is not written again.
+  for (const int32_t rows : {30, 30}) {
+    EXPECT_OK(a.RecordChunk(Rows(id, 0, rows)));
+    clock_.Advance(absl::Milliseconds(100));
+    EXPECT_OK(a.RenewLeases({id}));
+    EXPECT_EQ(store.writes, 3);
+    EXPECT_EQ(b.Progress()->rows_appended, 30);
+  }
+}
+
+TEST_F(RunCoordinatorTest, RowsGoWithWhateverIsWritten) {
+  RunCoordinator a(store_.get(), Alternate(3, 0, 1), clock_), b(store_.get(), Alternate(3, 0, 1), clock_);
+  ASSERT_EQ(Begin(a), "R");
+  const int64_t first = last_.episode_id;
+  EXPECT_OK(a.RecordChunk(Rows(first, 0, 10)));
+  ASSERT_EQ(Begin(a), "R");
+  EXPECT_EQ(b.Progress()->rows_appended, 10);
+  EXPECT_OK(a.RecordChunk(Rows(last_.episode_id, 0, 7)));
+  EXPECT_EQ(b.Progress()->rows_appended, 10);
+  EXPECT_OK(a.RecordChunk(Rows(first, 10, 5, EpisodeEnd::kTerminated)));  // an end does not wait
+  EXPECT_EQ(b.Progress()->rows_appended, 22);
+  EXPECT_EQ(b.Progress()->episodes_finished, 1);
+}
+
+TEST_F(RunCoordinatorTest, ALearnerGetsUpdatesForRowsThatAreNotWrittenYet) {
+  WatchedStore store(store_.get());
+  RunCoordinator c(&store, Concurrent(0, 0.5, 20), clock_);
+  const int64_t generation = *c.AcquireLearner("one");
+  ASSERT_EQ(Begin(c), "T");
+  const int writes = store.writes;
+  EXPECT_EQ(Reserve(c, generation, 0, 1000), 0);
+  EXPECT_OK(c.RecordChunk(Rows(last_.episode_id, 0, 10)));
+  EXPECT_EQ(Reserve(c, generation, 0, 1000), 25);
+  EXPECT_EQ(store.writes, writes);
+}
+
+TEST_F(RunCoordinatorTest, AChunkThatRenewsTheLeaseIsWrittenAtOnce) {
+  config::v1::Experiment e = Alternate(1, 0, 1);
+  e.mutable_collection()->set_lease_seconds(60);
+  RunCoordinator a(store_.get(), e, clock_), b(store_.get(), e, clock_);
+  ASSERT_EQ(Begin(a), "R");
+  const int64_t id = last_.episode_id;
+  const int64_t version = store_->Get("run")->version;
+  clock_.Advance(absl::Seconds(19));
+  EXPECT_OK(a.RecordChunk(Rows(id, 0, 5)));
+  EXPECT_OK(a.RenewLeases({id}));
+  EXPECT_EQ(store_->Get("run")->version, version) << "a third of the lease has not gone by";
+  clock_.Advance(absl::Seconds(31));
+  EXPECT_OK(a.RecordChunk(Rows(id, 5, 5)));
+  clock_.Advance(absl::Seconds(59));
+  EXPECT_EQ(b.Progress()->episodes_finished, 0);
+  EXPECT_EQ(b.Progress()->rows_appended, 10);
+  clock_.Advance(absl::Seconds(1));
+  EXPECT_EQ(b.Progress()->episodes_finished, 1);
+}
+
+TEST_F(RunCoordinatorTest, ActorsAreSeenEvenWhenTheirLeasesAreLong) {
+  config::v1::Experiment e = Concurrent(1, 1, 10);
+  e.mutable_replay()->mutable_limiter()->set_absent_seconds(60);
+  e.mutable_collection()->set_lease_seconds(6000);
+  RunCoordinator a(store_.get(), e, clock_), b(store_.get(), e, clock_);
+  const int64_t generation = *b.AcquireLearner("one");
+  EXPECT_EQ(Play(a, 50), "R");
+  ASSERT_EQ(Begin(a), "T");
+  clock_.Advance(absl::Seconds(50));
+  EXPECT_OK(a.RecordChunk(Rows(last_.episode_id, 0, 5)));
+  clock_.Advance(absl::Seconds(50));
+  EXPECT_EQ(Reserve(b, generation, 65, 1000), 0);
+  clock_.Advance(absl::Seconds(10));
+  EXPECT_EQ(Reserve(b, generation, 65, 1000), 1000);
+}
+
+TEST_F(RunCoordinatorTest, TheNextChunkMakesUpForAReplicaThatDied) {
+  config::v1::Experiment e = Alternate(2, 0, 1);
+  e.mutable_collection()->set_lease_seconds(60);
+  auto a = std::make_unique<RunCoordinator>(store_.get(), e, clock_);
+  RunCoordinator b(store_.get(), e, clock_);
+  ASSERT_EQ(Begin(*a), "R");
+  clock_.Advance(absl::Seconds(15));
+  EXPECT_OK(a->RecordChunk(Rows(last_.episode_id, 0, 10)));
+  a.reset();
+  EXPECT_EQ(b.Progress()->rows_appended, 0);
+  clock_.Advance(absl::Seconds(39));  // two thirds of a lease after the last news
+  EXPECT_OK(b.RecordChunk(Rows(last_.episode_id, 10, 10, EpisodeEnd::kTerminated)));
+  EXPECT_EQ(b.Progress()->rows_appended, 20);
+  EXPECT_EQ(b.Progress()->episodes_finished, 1);
+}
+
+TEST_F(RunCoordinatorTest, AFailedWriteKeepsTheRows) {
+  WatchedStore store(store_.get());
+  RunCoordinator a(&store, Alternate(2, 0, 1), clock_), b(store_.get(), Alternate(2, 0, 1), clock_);
+  ASSERT_EQ(Begin(a), "R");
+  const int64_t id = last_.episode_id;
+  EXPECT_OK(a.RecordChunk(Rows(id, 0, 10)));
+  clock_.Advance(absl::Milliseconds(100));
+  store.before_write = [](int) { return absl::UnavailableError("away"); };
+  EXPECT_THAT(a.RenewLeases({id}), StatusIs(absl::StatusCode::kUnavailable));
+  EXPECT_THAT(a.RecordChunk(Rows(id, 0, 5)), StatusIs(absl::StatusCode::kUnavailable)) << "still due";
+  EXPECT_EQ(b.Progress()->rows_appended, 0);
+  store.before_write = nullptr;
+  EXPECT_OK(a.RenewLeases({id}));
+  EXPECT_EQ(b.Progress()->rows_appended, 10);
+}
+
+TEST_F(RunCoordinatorTest, RowsOfAnEpisodeThatAnotherReplicaEndedAreDropped) {
+  RunCoordinator a(store_.get(), Alternate(2, 0, 1), clock_), b(store_.get(), Alternate(2, 0, 1), clock_);
+  ASSERT_EQ(Begin(a), "R");
+  const int64_t id = last_.episode_id;
+  EXPECT_OK(a.RecordChunk(Rows(id, 0, 40)));
+  EXPECT_OK(b.RecordChunk(Rows(id, 0, 30, EpisodeEnd::kTerminated)));
+  const int64_t version = store_->Get("run")->version;
+  EXPECT_EQ(a.Progress()->rows_appended, 30);
+  clock_.Advance(absl::Milliseconds(100));
+  EXPECT_OK(a.RenewLeases({id}));
+  EXPECT_OK(a.RecordChunk(Rows(id, 0, 50)));
+  EXPECT_EQ(a.Progress()->rows_appended, 30);
+  EXPECT_EQ(store_->Get("run")->version, version);
+}
+
+TEST_F(RunCoordinatorTest, AClockThatIsSetBackDelaysNothing) {
+  config::v1::Experiment e = Alternate(2, 0, 1);
+  e.mutable_collection()->set_lease_seconds(60);
+  FakeClock local(absl::FromUnixSeconds(1000000));
+  RunCoordinator a(store_.get(), e, local), b(store_.get(), e, clock_);
+  ASSERT_EQ(Begin(a), "R");
+  const int64_t id = last_.episode_id;
+  EXPECT_OK(a.RecordChunk(Rows(id, 0, 10)));
+  local.Advance(-absl::Hours(1));
+  EXPECT_OK(a.RenewLeases({id}));
+  EXPECT_EQ(b.Progress()->rows_appended, 10);
+  local.Advance(-absl::Hours(1));
+  clock_.Advance(absl::Seconds(50));
+  EXPECT_OK(a.RenewLeases({id}));
+  clock_.Advance(absl::Seconds(50));
+  EXPECT_EQ(b.Progress()->episodes_finished, 0);
+}
+
+TEST_F(RunCoordinatorTest, TheStateIsSentOnlyWhenAnotherReplicaChangedIt) {
+  WatchedStore store(store_.get());
+  RunCoordinator a(&store, Alternate(1000, 0, 1), clock_), b(store_.get(), Alternate(1000, 0, 1), clock_);
+  for (int i = 0; i < 5; ++i) ASSERT_EQ(Begin(a), "R");
+  EXPECT_EQ(store.values_sent, 1) << "there was none yet";
+  ASSERT_EQ(Begin(b), "R");
+  EXPECT_EQ(last_.episode_id, 6);
+  for (int id = 7; id < 10; ++id) {
+    ASSERT_EQ(Begin(a), "R");
+    EXPECT_EQ(last_.episode_id, id);
+    EXPECT_EQ(a.Progress()->episodes_started, id);
+  }
+  EXPECT_EQ(store.values_sent, 2);
+}
+
+// After a failover versions may come again with other values.
+TEST_F(RunCoordinatorTest, NoticesAnotherStateOfTheSameVersion) {
+  const std::unique_ptr<Store> other = MakeMemoryStore({}, clock_);
+  WatchedStore store(store_.get());
+  RunCoordinator a(&store, Alternate(5, 0, 1), clock_), b(other.get(), Alternate(5, 0, 1), clock_);
+  ASSERT_EQ(Begin(a), "R");
+  ASSERT_EQ(Begin(b), "R");
+  ASSERT_EQ(store_->Get("run")->version, other->Get("run")->version);
+  store.target = other.get();
+  ASSERT_EQ(Begin(a), "R");
+  EXPECT_EQ(last_.episode_id, 2);
+  EXPECT_EQ(last_.run_id, b.Progress()->run_id);
+}
+
+TEST_F(RunCoordinatorTest, GoesOnWithARunThatWasPlayedElsewhere) {
+  EXPECT_THAT(RunCoordinator::RunIdOf(*store_), IsOkAndHolds(""));
+  const PlayedRun played{.run_id = "0123456789abcdef", .specification_hash = kSpec, .last_episode = 12,
+                         .training_episodes = 7, .training_rows = 350};
+  ASSERT_OK(RunCoordinator::WritePlayed(*store_, played));
+  EXPECT_THAT(RunCoordinator::RunIdOf(*store_), IsOkAndHolds("0123456789abcdef"));
+  EXPECT_THAT(RunCoordinator::WritePlayed(*store_, played), StatusIs(absl::StatusCode::kAborted));
+  RunCoordinator c(store_.get(), Alternate(5, 20, 10), clock_);
+  const int64_t generation = *c.AcquireLearner("one");
+  EXPECT_EQ(generation, 1);
+  EXPECT_EQ(c.Progress()->rows_appended, 350);
+  EXPECT_EQ(c.Progress()->episodes_finished, 7);
+  EXPECT_EQ(Begin(c), "-");
+  EXPECT_EQ(Reserve(c, generation, 0, 1000), 40);
+  EXPECT_EQ(Reserve(c, generation, 40, 0), 0);
+  EXPECT_EQ(Begin(c), "T");
+  EXPECT_EQ(last_.episode_id, 13);
+  ASSERT_OK(store_->CompareAndSet("run", store_->Get("run")->version, "{}"));
+  EXPECT_THAT(RunCoordinator::RunIdOf(*store_), StatusIs(absl::StatusCode::kDataLoss, HasSubstr("value 'run'")));
 }
 
 TEST(ValidatePacing, RefusesWhatCouldNotMakeProgress) {

@@ -10,6 +10,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
+#include "libs/base/random.h"
 
 namespace orrery {
 
@@ -70,6 +71,16 @@ struct VersionedValue {
   int64_t version = 0;
 };
 
+// Tells a value from the others under its name; also when a store fell back to an older state, as after a failover, and its
+// versions came again. Version 0: no value.
+struct ValueIdentity {
+  int64_t version = 0;
+  uint64_t hash = 0;
+  bool operator==(const ValueIdentity&) const = default;
+};
+inline uint64_t ValueHash(const std::string& value) { return DeriveSeed(0, value); }
+inline ValueIdentity IdentityOf(const VersionedValue& value) { return {value.version, ValueHash(value.value)}; }
+
 // The data of one run. Thread-safe; every call may block on the network or disk for at most the store's timeout.
 // UNAVAILABLE: cannot be reached, try again. RESOURCE_EXHAUSTED: full. DATA_LOSS: damaged, names the place.
 // FAILED_PRECONDITION: made by another schema version.
@@ -94,6 +105,21 @@ class Store {
 
   // Small run state ("run", "learner", …). Get of an unknown name gives version 0.
   virtual absl::StatusOr<VersionedValue> Get(const std::string& name) = 0;
+  // What Now and Get say, in one round trip where the store has one: for callers that ask often. A value that is still the
+  // one `known` is left out, so it is not sent; known.version 0: none is.
+  struct TimedValue {
+    absl::Time now;
+    std::optional<VersionedValue> value;
+  };
+  virtual absl::StatusOr<TimedValue> GetUnlessKnown(const std::string& name, const ValueIdentity& known) {
+    absl::StatusOr<VersionedValue> value = Get(name);
+    if (!value.ok()) return value.status();
+    const absl::StatusOr<absl::Time> now = Now();
+    if (!now.ok()) return now.status();
+    TimedValue answer{*now, std::nullopt};
+    if (known.version == 0 || IdentityOf(*value) != known) answer.value = *std::move(value);
+    return answer;
+  }
   // Sets the value if its version is still `expected_version` (0: not there); the new version is one higher.
   // ABORTED: it changed meanwhile.
   virtual absl::Status CompareAndSet(const std::string& name, int64_t expected_version, const std::string& value) = 0;

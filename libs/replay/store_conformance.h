@@ -278,6 +278,33 @@ TEST_P(StoreConformance, SetsAValueOnlyAtItsVersion) {
   EXPECT_THAT(store_->CompareAndSet("", 0, "x"), StatusIs(absl::StatusCode::kInvalidArgument));
 }
 
+TEST_P(StoreConformance, LeavesOutAKnownValue) {
+  const auto get = [&](const ValueIdentity& known) -> std::optional<VersionedValue> {
+    const auto answer = store_->GetUnlessKnown("run", known);
+    EXPECT_OK(answer);
+    if (!answer.ok()) return std::nullopt;
+    EXPECT_LT(absl::AbsDuration(answer->now - absl::Now()), absl::Minutes(1));
+    return answer->value;
+  };
+  ASSERT_TRUE(get({}).has_value());
+  EXPECT_EQ(get({})->version, 0);
+  const std::string first("\0\n\xff{}", 5);
+  ASSERT_OK(store_->CompareAndSet("run", 0, first));
+  const ValueIdentity known = IdentityOf({first, 1});
+  EXPECT_EQ(get(known), std::nullopt);
+  for (const ValueIdentity& unknown : {ValueIdentity{}, IdentityOf({"another", 1}), IdentityOf({first, 2})}) {
+    ASSERT_TRUE(get(unknown).has_value());
+    EXPECT_EQ(get(unknown)->value, first);
+    EXPECT_EQ(get(unknown)->version, 1);
+  }
+  ASSERT_OK(store_->CompareAndSet("run", 1, ""));
+  ASSERT_TRUE(get(known).has_value());
+  EXPECT_EQ(get(known)->value, "");
+  EXPECT_EQ(get(known)->version, 2);
+  EXPECT_EQ(get(IdentityOf({"", 2})), std::nullopt);
+  EXPECT_THAT(store_->GetUnlessKnown("../x", {}), StatusIs(absl::StatusCode::kInvalidArgument));
+}
+
 TEST_P(StoreConformance, KeepsTheNewestSnapshot) {
   EXPECT_THAT(store_->GetSnapshot(), StatusIs(absl::StatusCode::kNotFound));
   EXPECT_OK(store_->PutSnapshot({{0, 0}, "none"}));

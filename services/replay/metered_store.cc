@@ -37,6 +37,9 @@ class MeteredStore : public Store {
   }
   absl::Status Evict(absl::Span<const ChunkKey> keys) override { return Count(evict_, store_->Evict(keys)); }
   absl::StatusOr<VersionedValue> Get(const std::string& name) override { return Count(state_, store_->Get(name)); }
+  absl::StatusOr<TimedValue> GetUnlessKnown(const std::string& name, const ValueIdentity& known) override {
+    return Count(state_, store_->GetUnlessKnown(name, known));
+  }
   absl::Status CompareAndSet(const std::string& name, int64_t expected_version, const std::string& value) override {
     return Count(state_, store_->CompareAndSet(name, expected_version, value));
   }

@@ -905,7 +905,7 @@ TEST_F(ReplayServiceTest, AppendsWaitForRoomThenSayThatTheStoreIsFull) {
 }
 
 TEST_F(ReplayServiceTest, EverythingArrivesThoughTheStoreFailsNowAndThen) {
-  FaultStore faulty(store_.get(), 7);
+  FaultStore faulty(store_.get(), 4);
   Served served(&faulty, MakeExperiment());
   auto channel = served.host->InProcessChannel();
   ReplayClient client(channel, kRun);
@@ -1125,7 +1125,7 @@ void ExpectOneDataSet(Store* first_store, Store* second_store) {
   EXPECT_EQ(StartsOf(batches), (std::set<std::pair<int64_t, int64_t>>{{1, 0}}));
   EXPECT_THAT(second_client.GetEpisode(1, Soon()), IsOkAndHolds(::testing::ElementsAre(MakeChunk(one.run_id, 1, 0, 4))));
   // The same chunk through the other one is stored once.
-  ASSERT_OK(AppendAll(at_second, {MakeChunk(one.run_id, 1, 0, 4), MakeChunk(one.run_id, 2, 0, 5)}));
+  ASSERT_OK(AppendAll(at_second, {MakeChunk(one.run_id, 1, 0, 4), MakeChunk(one.run_id, 2, 0, 5, EpisodeEnd::kTruncated)}));
   auto watcher = ChunkWatcher::Create(at_first, kRun);
   Mirror mirror;
   ASSERT_OK(mirror.TakeUntilLive(*watcher, 2));

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <filesystem>
 #include <map>
-#include <nlohmann/json.hpp>
 #include <system_error>
 #include <utility>
 
@@ -20,6 +19,7 @@
 #include "libs/replay/chunk_codec.h"
 #include "libs/replay/chunk_text.h"
 #include "libs/replay/live_episodes.h"
+#include "libs/replay/run_coordinator.h"
 #include "libs/tensors/safetensors.h"
 #include "libs/tensors/tensors.h"
 
@@ -27,7 +27,6 @@ namespace orrery {
 namespace {
 
 constexpr char kFormat[] = "orrery-episode 1";
-constexpr char kRunValue[] = "run";
 constexpr size_t kChunksAtOnce = 32;
 constexpr int kPage = 1000;
 constexpr absl::Duration kCallTimeout = absl::Seconds(60);
@@ -244,17 +243,8 @@ absl::StatusOr<std::vector<Chunk>> ToChunks(const SafeTensors& file) {
   return chunks;
 }
 
-// What the imported episodes amount to.
-struct RunSummary {
-  std::string run_id;
-  uint64_t specification_hash = 0;
-  int64_t last_episode = 0;
-  int64_t training_episodes = 0;
-  int64_t training_rows = 0;  // up to the last one of each episode
-};
-
 // FAILED_PRECONDITION unless the chunks are of the run.
-absl::Status AddTo(RunSummary& run, const std::vector<Chunk>& chunks) {
+absl::Status AddTo(PlayedRun& run, const std::vector<Chunk>& chunks) {
   const Chunk& last = chunks.back();
   if (run.run_id.empty()) run.run_id = last.run_id;
   if (last.run_id != run.run_id) {
@@ -274,37 +264,6 @@ absl::Status AddTo(RunSummary& run, const std::vector<Chunk>& chunks) {
   ++run.training_episodes;
   run.training_rows += last.info.key.first_row + last.info.rows;
   return absl::OkStatus();
-}
-
-// The run that the data set belongs to; empty when it has no state yet.
-absl::StatusOr<std::string> RunOf(Store& store) {
-  ASSIGN_OR_RETURN(const VersionedValue value, store.Get(kRunValue));
-  if (value.version == 0) return std::string();
-  const nlohmann::json state = nlohmann::json::parse(value.value, nullptr, /*allow_exceptions=*/false);
-  if (state.is_object() && state.contains("run_id") && state["run_id"].is_string()) return state["run_id"].get<std::string>();
-  return absl::DataLossError("damaged state of the run in the store (value 'run')");
-}
-
-// The state of a run that has played the episodes and learnt nothing from them (docs/replay_storage.md, "The run's state").
-absl::Status WriteRunState(Store& store, const RunSummary& run) {
-  ASSIGN_OR_RETURN(const absl::Time now, store.Now());
-  const int64_t micros = absl::ToUnixMicros(now);
-  const nlohmann::json state = {
-      {"run_id", run.run_id},
-      {"writer", RandomIdentity()},
-      {"specification_hash", absl::StrFormat("%016x", run.specification_hash)},
-      {"next_episode", run.last_episode + 1},
-      {"started", run.training_episodes},
-      {"finished", run.training_episodes},
-      {"rows", run.training_rows},
-      {"seed_rows", run.training_rows},
-      {"evaluation_round", 0},
-      {"evaluation_next", 0},
-      {"updates_done", 0},
-      {"actors_seen", micros},
-      {"learner", {{"id", ""}, {"generation", 0}, {"expires", 0}, {"seen", micros}}},
-      {"running", nlohmann::json::array()}};
-  return store.CompareAndSet(kRunValue, 0, state.dump());
 }
 
 }  // namespace
@@ -335,8 +294,8 @@ absl::StatusOr<EpisodeTotals> ExportEpisodes(EpisodeSource& source, const Export
 absl::StatusOr<EpisodeTotals> ImportEpisodes(const std::string& folder, Store& store) {
   ASSIGN_OR_RETURN(const std::vector<std::string> paths, EpisodeFiles(folder));
   if (paths.empty()) return absl::NotFoundError(absl::StrCat(folder, ": expected files episode-….safetensors in it"));
-  RunSummary run;
-  ASSIGN_OR_RETURN(run.run_id, RunOf(store));
+  PlayedRun run;
+  ASSIGN_OR_RETURN(run.run_id, RunCoordinator::RunIdOf(store));
   const bool has_state = !run.run_id.empty();
   EpisodeTotals totals;
   for (const std::string& path : paths) {
@@ -347,7 +306,7 @@ absl::StatusOr<EpisodeTotals> ImportEpisodes(const std::string& folder, Store& s
     for (const Chunk& chunk : *chunks) RETURN_IF_ERROR(Annotate(store.Append(chunk), path));
     Count(*chunks, totals);
   }
-  if (!has_state) RETURN_IF_ERROR(WriteRunState(store, run));
+  if (!has_state) RETURN_IF_ERROR(RunCoordinator::WritePlayed(store, run));
   return totals;
 }
 

@@ -29,6 +29,9 @@ class FaultStore : public Store {
   absl::StatusOr<VersionedValue> Get(const std::string& name) override {
     return Try([&] { return inner_->Get(name); });
   }
+  absl::StatusOr<TimedValue> GetUnlessKnown(const std::string& name, const ValueIdentity& known) override {
+    return Try([&] { return inner_->GetUnlessKnown(name, known); });
+  }
   absl::Status CompareAndSet(const std::string& name, int64_t expected_version, const std::string& value) override {
     return Try([&] { return inner_->CompareAndSet(name, expected_version, value); });
   }
