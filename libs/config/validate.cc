@@ -142,6 +142,9 @@ constexpr Range kRanges[] = {
     {"Replay.max_bytes", kMiB},
     {"Replay.chunk_rows", 1, 1000},
     {"Replay.partitions", 1, 1024},
+    {"RateSchedule.warm_up_updates", 0, 1000000000},
+    {"RateSchedule.decay_updates", 1, 1000000000},
+    {"RateSchedule.final_fraction", 0, 1},
     {"Learning.batch_size", 1, 4096},
     {"Learning.sequence_length", 2, 1000},
     {"Learning.learning_rate", 0, kNoLimit, true},
@@ -157,6 +160,9 @@ constexpr Range kRanges[] = {
     {"Learning.mirror_bytes", kMiB},
     {"Learning.actor_learning_rate", 0, kNoLimit, true},
     {"Learning.value_learning_rate", 0, kNoLimit, true},
+    {"Learning.weight_average_decay", 0, 1},
+    {"Learning.snapshot_every_seconds", 0, kNoLimit, true},
+    {"Learning.max_updates", 1},
     {"PlannerService.max_batch", 1, 1024},
     {"PlannerService.max_delay_micros", 0, 1000000},
     {"PlannerService.max_queue", 1},
@@ -336,6 +342,18 @@ absl::Status CheckPlanner(const config::v1::Planner& planner, const std::string&
                  absl::StrCat(mppi.min_std(), " is out of range, expected 0 to max_std, ", mppi.max_std()));
 }
 
+absl::Status CheckLearning(const config::v1::Learning& learning) {
+  const config::v1::RateSchedule& schedule = learning.rate_schedule();
+  if (schedule.shape() != config::v1::RateSchedule::CONSTANT && !schedule.has_decay_updates()) {
+    return Refused("learning.rate_schedule.decay_updates",
+                   absl::StrCat("not set, expected 1 to 1000000000 with ",
+                                config::v1::RateSchedule::Shape_Name(schedule.shape())));
+  }
+  if (learning.weight_average_decay() < 1) return absl::OkStatus();
+  return Refused("learning.weight_average_decay",
+                 absl::StrCat(learning.weight_average_decay(), " is out of range, expected below 1"));
+}
+
 absl::Status CheckTasks(const config::v1::Environment& environment) {
   if (environment.tasks().empty()) {
     return environment.task().empty() ? Refused("environment.task", "not set, expected the name of a task") : absl::OkStatus();
@@ -361,6 +379,7 @@ absl::Status Validate(const config::v1::Experiment& experiment) {
   RETURN_IF_ERROR(CheckTasks(experiment.environment()));
   RETURN_IF_ERROR(CheckModel(experiment.model(), false, "model."));
   RETURN_IF_ERROR(CheckPlanner(experiment.planner(), "planner."));
+  RETURN_IF_ERROR(CheckLearning(experiment.learning()));
   const auto& service = experiment.planner_service();
   if (service.max_queue() >= service.max_batch()) return absl::OkStatus();
   return Refused("planner_service.max_queue", absl::StrCat(service.max_queue(), " is out of range, expected at least ",

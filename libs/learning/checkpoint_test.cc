@@ -1,8 +1,13 @@
 #include "libs/learning/checkpoint.h"
 
+#include <sys/resource.h>
+
+#include <csignal>
 #include <filesystem>
 #include <fstream>
 #include <set>
+#include <string>
+#include <utility>
 
 #include "libs/base/file.h"
 #include "libs/base/status_matchers.h"
@@ -99,6 +104,28 @@ TEST(CheckpointFolder, AFailedWriteLeavesTheOthersAlone) {
   EXPECT_FALSE(checkpoints.Save(MakeCheckpoint(2)).ok());
   std::filesystem::remove(dir / "checkpoint-000000000002.safetensors");
   EXPECT_EQ(checkpoints.LoadNewest().value().updates, 1);
+}
+
+// As on a disk that becomes full: the file ends in the middle.
+TEST(CheckpointFolder, AWriteThatFailsHalfwayLeavesNothingBehind) {
+  const TempDir dir;
+  ASSERT_OK_AND_ASSIGN(CheckpointFolder checkpoints, CheckpointFolder::Open(dir.path(), 3));
+  ASSERT_OK(checkpoints.Save(MakeCheckpoint(1)));
+  const std::set<std::string> before = Names(dir.path());
+  rlimit limit{};
+  ASSERT_EQ(getrlimit(RLIMIT_FSIZE, &limit), 0);
+  const rlim_t usual = std::exchange(limit.rlim_cur, std::filesystem::file_size(dir / *before.begin()) / 2);
+  const auto handler = std::signal(SIGXFSZ, SIG_IGN);
+  ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &limit), 0);
+  const absl::Status failed = checkpoints.Save(MakeCheckpoint(2));
+  limit.rlim_cur = usual;
+  ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &limit), 0);
+  std::signal(SIGXFSZ, handler);
+  EXPECT_THAT(std::string(failed.message()), ::testing::HasSubstr("cannot write"));
+  EXPECT_EQ(Names(dir.path()), before);
+  EXPECT_EQ(checkpoints.LoadNewest().value().updates, 1);
+  ASSERT_OK(checkpoints.Save(MakeCheckpoint(2)));
+  EXPECT_EQ(checkpoints.LoadNewest().value().updates, 2);
 }
 
 }  // namespace

@@ -39,6 +39,7 @@ Learner::Metrics::Metrics(prometheus::Registry& r)
       publish_seconds(
           AddHistogram(r, "learner_snapshot_publish_seconds", "Time to serialise and publish a snapshot", SecondsBuckets())),
       gradient_norm(AddGauge(r, "learner_gradient_norm", "Global norm of the last gradient, before clipping")),
+      learning_rate(AddGauge(r, "learner_learning_rate", "Learning rate of the model's last update")),
       updates_per_env_step(AddGauge(r, "learner_updates_per_env_step", "Updates made per environment step acknowledged")),
       snapshot_version(AddGauge(r, "learner_snapshot_version", "Updates behind the newest published snapshot")) {}
 
@@ -70,7 +71,8 @@ absl::Status Learner::Initialize() {
   ASSIGN_OR_RETURN(mirror_, Mirror::Create(mirror));
   const auto seed = static_cast<uint64_t>(experiment.seed());
   ASSIGN_OR_RETURN(trainer_, Trainer::Create(experiment.model(), learning, seed, options_.device, options_.threads));
-  source_ = std::make_unique<MirroredSource>(mirror_.get(), learning.batch_size(), DeriveSeed(seed, "batches"));
+  source_ = std::make_unique<MirroredSource>(mirror_.get(), learning.batch_size(), DeriveSeed(seed, "batches"),
+                                             /*pinned=*/options_.device.is_cuda());
   if (!options_.checkpoint_dir.empty()) {
     ASSIGN_OR_RETURN(checkpoints_, CheckpointFolder::Open(options_.checkpoint_dir, learning.keep_checkpoints()));
     RETURN_IF_ERROR(Resume());
@@ -116,6 +118,9 @@ absl::Status Learner::Run() {
   AwaitPlanners();
   mirror_->Follow(std::move(options_.watcher));
   absl::StatusOr<bool> more = true;
+  if (options_.wait_for_all_rows) {
+    if (const absl::Status rows = AwaitRows(); !rows.ok()) more = rows;
+  }
   while (more.ok() && *more) more = Step();
   mirror_->Stop();
   if (!more.ok() && !absl::IsCancelled(more.status())) {
@@ -165,10 +170,16 @@ absl::StatusOr<bool> Learner::Step() {
   if (stopped()) return false;
   const config::v1::Learning& learning = options_.experiment.learning();
   // Under ALTERNATE nothing else happens meanwhile, so one block holds all that is owed.
-  const int32_t wanted = alternate() ? std::max({learning.updates_per_episode(), learning.initial_updates(), 1000})
-                                     : kConcurrentBlock;
+  int64_t wanted = alternate() ? std::max({learning.updates_per_episode(), learning.initial_updates(), 1000})
+                               : kConcurrentBlock;
+  if (learning.has_max_updates()) wanted = std::min(wanted, learning.max_updates() - updates_);
+  if (wanted <= 0) {
+    LogInfo("learning.max_updates are made updates={}", updates_);
+    return false;
+  }
   const absl::StatusOr<RunCoordinator::Grant> grant =
-      options_.replay->ReserveUpdates(generation_, updates_to_report(), wanted, options_.clock->Now() + kCall);
+      options_.replay->ReserveUpdates(generation_, updates_to_report(), static_cast<int32_t>(wanted),
+                                      options_.clock->Now() + kCall);
   if (absl::IsFailedPrecondition(grant.status())) {
     return Annotate(grant.status(), "another learner took this run over");
   }
@@ -182,6 +193,7 @@ absl::StatusOr<bool> Learner::Step() {
     if (alternate()) RETURN_IF_ERROR(AwaitRows());
     return MakeUpdates(grant->updates);
   }
+  PublishIfDue();
   if (grant->run_complete) LogInfo("the run is complete updates={}", updates_);
   return !grant->run_complete;
 }
@@ -189,24 +201,28 @@ absl::StatusOr<bool> Learner::Step() {
 absl::StatusOr<bool> Learner::MakeUpdates(int32_t count) {
   const config::v1::Learning& learning = options_.experiment.learning();
   for (int32_t i = 0; i < count; ++i) {
-    RETURN_IF_ERROR(MakeUpdate());
+    // Under ALTERNATE the data are others after the block.
+    RETURN_IF_ERROR(MakeUpdate(/*more=*/!alternate() || i + 1 < count));
     if (updates_ % learning.checkpoint_every_updates() == 0 && skipped_in_a_row_ == 0) SaveCheckpoint();
-    if (!alternate() && updates_ % learning.snapshot_every_updates() == 0) Publish(/*always_keep=*/false);
+    PublishIfDue();
     RETURN_IF_ERROR(Heartbeat());
     if (stopped()) break;
   }
   RefreshRows();
   if (!alternate()) return true;
   if (stopped()) return false;
+  // Once these updates are reported there will be other data, from which they could not be made again.
+  if (skipped_in_a_row_ == 0) SaveCheckpoint();
   Publish(/*always_keep=*/true);
   AwaitPlanners();
   published_updates_ = updates_;
   return true;
 }
 
-absl::Status Learner::MakeUpdate() {
+absl::Status Learner::MakeUpdate(bool more) {
   const absl::Time begin = options_.clock->Now();
   ASSIGN_OR_RETURN(const StoredBatch batch, NextBatch());
+  if (more) source_->Prefetch();
   const absl::Time have_batch = options_.clock->Now();
   UpdateReport report;
   ASSIGN_OR_RETURN(report.result, trainer_->Update(batch));
@@ -229,6 +245,7 @@ void Learner::Observe(const UpdateReport& report) {
     if (skipped_in_a_row_ == 0) LogWarning("update skipped: loss or gradient is not finite updates={}", updates_);
   } else {
     metrics_.gradient_norm.Set(result.gradient_norm);
+    metrics_.learning_rate.Set(result.learning_rate);
     for (const auto& [term, loss] : result.losses) {
       prometheus::Gauge*& gauge = loss_gauges_[term];
       if (gauge == nullptr) {
@@ -300,14 +317,15 @@ void Learner::RefreshRows() {
 }
 
 void Learner::Publish(bool always_keep) {
-  const absl::Time begin = options_.clock->Now();
+  const absl::Time begin = last_snapshot_ = options_.clock->Now();
+  snapshot_updates_ = updates_;
   SnapshotInfo info;
   info.model = options_.experiment.model();
   info.planner = options_.experiment.planner();
   info.run = options_.experiment.name();
   info.generation = generation_;
   info.counter = updates_;
-  absl::StatusOr<std::string> file = SerializeSnapshot(trainer_->model(), info);
+  absl::StatusOr<std::string> file = SerializeSnapshot(trainer_->published(), info);
   if (!file.ok()) {
     LogError("snapshot not published updates={} reason={}", updates_, file.status().ToString());
     return;
@@ -322,6 +340,15 @@ void Learner::Publish(bool always_keep) {
     if (!kept.ok()) LogOutage("PutSnapshot", kept);
   }
   metrics_.publish_seconds.Observe(absl::ToDoubleSeconds(options_.clock->Now() - begin));
+}
+
+void Learner::PublishIfDue() {
+  if (alternate() || updates_ == snapshot_updates_) return;
+  const config::v1::Learning& learning = options_.experiment.learning();
+  const bool enough = updates_ % learning.snapshot_every_updates() == 0;
+  const bool late = learning.has_snapshot_every_seconds() &&
+                    options_.clock->Now() - last_snapshot_ >= absl::Seconds(learning.snapshot_every_seconds());
+  if (enough || late) Publish(/*always_keep=*/false);
 }
 
 void Learner::AwaitPlanners() {

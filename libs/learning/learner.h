@@ -31,10 +31,11 @@ namespace orrery {
 
 // Run on one thread; Stop and progress from any.
 //
-// ALTERNATE: waits until the mirror has every acknowledged row, makes all updates that are owed, publishes, waits (10 s at
-// most) until the subscribed planners serve that snapshot, reports. CONCURRENT: small grants, a snapshot every
-// snapshot_every_updates. A replay service that is away is waited for; only a lease taken over by another learner, data
-// that do not fit the mirror, and a model that cannot be trained end the run with an error.
+// ALTERNATE: waits until the mirror has every acknowledged row, makes all updates that are owed, saves a checkpoint,
+// publishes, waits (10 s at most) until the subscribed planners serve that snapshot, reports: killed at any moment and resumed,
+// it comes to the same parameters. CONCURRENT: small grants, a snapshot every snapshot_every_updates or
+// snapshot_every_seconds, whichever comes first. A replay service that is away is waited for; only a lease taken over by another
+// learner, data that do not fit the mirror, and a model that cannot be trained end the run with an error.
 class Learner {
  public:
   struct UpdateReport {
@@ -49,6 +50,7 @@ class Learner {
     std::string learner_id;             // unique among learners
     std::string checkpoint_dir;         // empty: no checkpoints
     bool resume = false;                // from the newest checkpoint, where there is one
+    bool wait_for_all_rows = false;     // at first, also when CONCURRENT: for data that do not grow
     torch::Device device = torch::kCPU;
     int threads = 1;  // that share an update on the CPU; LibTorch's own are better left at one (parallel_rows.h)
     std::shared_ptr<ReplayClient> replay;
@@ -69,7 +71,8 @@ class Learner {
   static absl::StatusOr<std::unique_ptr<Learner>> Create(Options options);
   ~Learner();
 
-  // Until the run is complete or Stop is called (OK, with a checkpoint saved), or learning cannot go on.
+  // Until the run is complete, learning.max_updates are made or Stop is called (OK, with a checkpoint saved), or learning
+  // cannot go on.
   absl::Status Run();
   void Stop();
   Progress progress() const;
@@ -86,6 +89,7 @@ class Learner {
     prometheus::Histogram& batch_wait_seconds;
     prometheus::Histogram& publish_seconds;
     prometheus::Gauge& gradient_norm;
+    prometheus::Gauge& learning_rate;
     prometheus::Gauge& updates_per_env_step;
     prometheus::Gauge& snapshot_version;
   };
@@ -98,12 +102,14 @@ class Learner {
   // Reserves and makes one block of updates. False: ended. Errors end the run.
   absl::StatusOr<bool> Step();
   absl::StatusOr<bool> MakeUpdates(int32_t count);
-  absl::Status MakeUpdate();
+  // `more`: another one follows from the same data.
+  absl::Status MakeUpdate(bool more);
   absl::StatusOr<StoredBatch> NextBatch();
   absl::Status AwaitRows();
   absl::Status Heartbeat();
   void RefreshRows();
   void Publish(bool always_keep);
+  void PublishIfDue();  // CONCURRENT
   void AwaitPlanners();
   void SaveCheckpoint();
   absl::Status RollBack();
@@ -125,12 +131,13 @@ class Learner {
   // The learner's thread only.
   int64_t generation_ = 0;
   int64_t updates_ = 0;
-  int64_t published_updates_ = 0;
+  int64_t published_updates_ = 0;  // ALTERNATE: whose snapshot the planners serve
+  int64_t snapshot_updates_ = 0;   // behind the newest snapshot
   int64_t saved_updates_ = -1;
   int64_t rows_appended_ = 0;
   int skipped_in_a_row_ = 0;
   int rollbacks_ = 0;  // since the last checkpoint
-  absl::Time last_report_, last_kept_, last_stats_, last_outage_log_;
+  absl::Time last_report_, last_snapshot_, last_kept_, last_stats_, last_outage_log_;
   std::map<std::string, prometheus::Gauge*> loss_gauges_;
 
   mutable absl::Mutex mu_;

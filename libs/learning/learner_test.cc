@@ -1,6 +1,11 @@
 #include "libs/learning/learner.h"
 
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <csignal>
+#include <cstdlib>
 #include <filesystem>
 #include <limits>
 #include <string>
@@ -57,13 +62,16 @@ class FakeReplay : public ReplayClient {
     return absl::OkStatus();
   }
   absl::StatusOr<replay::v1::GetStatsResponse> GetStats(absl::Time) override {
+    if (!stats_asked.HasBeenNotified()) stats_asked.Notify();
     replay::v1::GetStatsResponse response;
-    response.set_rows_appended(kRows);
+    response.set_rows_appended(rows);
     return response;
   }
 
   int64_t generation = 1;
   bool held_by_another = false;
+  int64_t rows = kRows;
+  absl::Notification stats_asked;
   int outages = 0;  // at most 1
   absl::Notification outage_seen;
   int64_t fence_at = std::numeric_limits<int64_t>::max();
@@ -73,6 +81,33 @@ class FakeReplay : public ReplayClient {
  private:
   const int64_t owed_;
   const int32_t block_;
+};
+
+constexpr int32_t kBlock = 4;
+
+// Under ALTERNATE: an episode is stored whenever a block is reported, so what is learnt from depends on how far the learner is.
+class AlternatingReplay : public FakeReplay {
+ public:
+  // `stored` updates were reported before.
+  AlternatingReplay(int64_t owed, int64_t stored, FakeWatcher* watcher) : FakeReplay(owed, kBlock), watcher_(watcher) {
+    rows = 0;
+    Store(stored);
+    watcher_->Push(CaughtUp());
+  }
+  absl::StatusOr<RunCoordinator::Grant> ReserveUpdates(int64_t learner_generation, int64_t done, int32_t wanted,
+                                                       absl::Time deadline) override {
+    Store(done);
+    absl::StatusOr<RunCoordinator::Grant> grant = FakeReplay::ReserveUpdates(learner_generation, done, wanted, deadline);
+    if (grant.ok()) grant->updates = std::min(grant->updates, kBlock - static_cast<int32_t>(done % kBlock));
+    return grant;
+  }
+
+ private:
+  void Store(int64_t done) {
+    for (; rows < 10 * (2 + done / kBlock); rows += 10) watcher_->Push(Appended(TestChunk(1 + rows / 10, 0, 10)));
+  }
+
+  FakeWatcher* const watcher_;
 };
 
 class LearnerTest : public ::testing::Test {
@@ -98,6 +133,15 @@ class LearnerTest : public ::testing::Test {
     options.watcher = std::make_unique<FakeWatcher>(data_);
     options.publisher = &publisher_;
     options.registry = &registry_;
+    return options;
+  }
+
+  // With a data set that grows as `replay` is told.
+  Learner::Options Alternating(int64_t owed, int64_t stored, std::shared_ptr<FakeReplay>& replay) {
+    auto watcher = std::make_unique<FakeWatcher>();
+    replay = std::make_shared<AlternatingReplay>(owed, stored, watcher.get());
+    Learner::Options options = Options(replay);
+    options.watcher = std::move(watcher);
     return options;
   }
 
@@ -168,6 +212,64 @@ TEST_F(LearnerTest, ResumedLearningIsTheSameBitByBit) {
   ExpectSame(Parameters(*straight), Parameters(*resumed));
 }
 
+// Runs the next test in a process of its own, whose end it gives as waitpid does.
+int RunUntilKilled(const std::string& folder, const std::string& kill_at, int every) {
+  const std::string program = std::filesystem::read_symlink("/proc/self/exe");
+  return std::system(absl::StrCat("LEARNER_TEST_FOLDER='", folder, "' LEARNER_TEST_KILL_AT='", kill_at,
+                                  "' LEARNER_TEST_EVERY=", every, " exec '", program,
+                                  "' --gtest_also_run_disabled_tests --gtest_filter=*.DISABLED_IsKilled >/dev/null 2>&1")
+                         .c_str());
+}
+
+// Ends by SIGKILL at the moment that its variables name: "update 5", "snapshot 8".
+TEST_F(LearnerTest, DISABLED_IsKilled) {
+  const char *folder = std::getenv("LEARNER_TEST_FOLDER"), *kill_at = std::getenv("LEARNER_TEST_KILL_AT"),
+             *every = std::getenv("LEARNER_TEST_EVERY");
+  if (folder == nullptr || kill_at == nullptr || every == nullptr) GTEST_SKIP() << "is run by the test after it";
+  experiment_.mutable_learning()->set_checkpoint_every_updates(std::atoi(every));
+  std::shared_ptr<FakeReplay> replay;
+  Learner::Options options = Alternating(100, 0, replay);
+  options.checkpoint_dir = folder;
+  const auto reached = [&](const std::string& moment) {
+    if (moment == kill_at) kill(getpid(), SIGKILL);
+  };
+  options.on_update = [&](const Learner::UpdateReport& report) { reached(absl::StrCat("update ", report.updates)); };
+  options.on_snapshot = [&](SnapshotVersion version, const std::string&) {
+    reached(absl::StrCat("snapshot ", version.counter));
+  };
+  FAIL() << "was not killed: " << Learner::Create(std::move(options)).value()->Run();
+}
+
+TEST_F(LearnerTest, KilledAtAnyMomentItComesToTheSameParameters) {
+  std::shared_ptr<FakeReplay> straight;
+  ASSERT_OK(Learner::Create(Alternating(16, 0, straight)).value()->Run());
+  struct Case {
+    const char* kill_at;
+    int64_t stored;  // updates that were reported until then
+    int64_t resumes_at;
+    int every;  // checkpoint_every_updates
+  };
+  for (const Case& c : {Case{"update 2", 0, 0, 1000},       // nothing was saved yet
+                        Case{"update 4", 0, 0, 1000},       // the last one of a block, which is not saved yet
+                        Case{"update 5", 4, 4, 1000},       // the next episode is there
+                        Case{"snapshot 8", 4, 8, 1000},     // saved, not reported
+                        Case{"update 11", 8, 10, 5}}) {     // inside a block, after a checkpoint inside it
+    experiment_.mutable_learning()->set_checkpoint_every_updates(c.every);
+    const std::string folder = absl::StrCat(dir_.path(), "/", c.kill_at);
+    const int status = RunUntilKilled(folder, c.kill_at, c.every);
+    ASSERT_TRUE(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL) << c.kill_at << " " << status;
+    std::shared_ptr<FakeReplay> resumed;
+    Learner::Options options = Alternating(16, c.stored, resumed);
+    options.checkpoint_dir = folder;
+    options.resume = true;
+    ASSERT_OK_AND_ASSIGN(const std::unique_ptr<Learner> learner, Learner::Create(std::move(options)));
+    EXPECT_EQ(learner->progress().updates, c.resumes_at) << c.kill_at;
+    ASSERT_OK(learner->Run());
+    EXPECT_EQ(resumed->snapshot.version, (SnapshotVersion{1, 16}));
+    ExpectSame(Parameters(*straight), Parameters(*resumed));
+  }
+}
+
 TEST_F(LearnerTest, ABlockCutShortByStopIsMadeGoodAfterResume) {
   auto straight = std::make_shared<FakeReplay>(6, 6);
   ASSERT_OK(Learner::Create(Options(straight)).value()->Run());
@@ -208,6 +310,88 @@ TEST_F(LearnerTest, ConcurrentPublishesOnTheWayAndWaitsForNobody) {
   ASSERT_OK(Learner::Create(std::move(options)).value()->Run());
   EXPECT_THAT(published, ElementsAre(0, 4, 8, 9));
   EXPECT_EQ(replay->snapshot.version, (SnapshotVersion{1, 9}));
+}
+
+TEST_F(LearnerTest, ConcurrentPublishesAfterSomeTimeToo) {
+  experiment_.mutable_learning()->set_schedule(config::v1::Learning::CONCURRENT);
+  experiment_.mutable_learning()->set_snapshot_every_updates(6);
+  experiment_.mutable_learning()->set_snapshot_every_seconds(2.5);
+  FakeClock clock;
+  auto replay = std::make_shared<FakeReplay>(12, 12);
+  std::vector<int64_t> published;
+  Learner::Options options = Options(replay);
+  options.clock = &clock;
+  options.on_update = [&](const Learner::UpdateReport& report) {
+    if (report.updates >= 7) clock.Advance(absl::Seconds(1));  // before: too quick for the time
+  };
+  options.on_snapshot = [&](SnapshotVersion version, const std::string&) { published.push_back(version.counter); };
+  ASSERT_OK(Learner::Create(std::move(options)).value()->Run());
+  // At 6 by their number; at 9 three seconds have gone by; at 12 by their number, and once more at the end.
+  EXPECT_THAT(published, ElementsAre(0, 6, 9, 12, 12));
+}
+
+TEST_F(LearnerTest, EndsAfterTheMostUpdates) {
+  for (const auto schedule : {config::v1::Learning::ALTERNATE, config::v1::Learning::CONCURRENT}) {
+    experiment_.mutable_learning()->set_schedule(schedule);
+    experiment_.mutable_learning()->set_max_updates(13);
+    auto replay = std::make_shared<FakeReplay>(1000, 1000);
+    Learner::Options options = Options(replay);
+    const std::string folder = dir_ / config::v1::Learning::Schedule_Name(schedule);
+    options.checkpoint_dir = folder;
+    ASSERT_OK(Learner::Create(std::move(options)).value()->Run());
+    EXPECT_EQ(replay->snapshot.version, (SnapshotVersion{1, 13}));
+    EXPECT_EQ(replay->events.back(), "release 13");
+
+    auto again = std::make_shared<FakeReplay>(1000, 1000);
+    options = Options(again);
+    options.checkpoint_dir = folder;
+    options.resume = true;
+    ASSERT_OK(Learner::Create(std::move(options)).value()->Run());
+    EXPECT_EQ(again->snapshot.version, (SnapshotVersion{1, 13})) << "it had made them all";
+  }
+}
+
+TEST_F(LearnerTest, WaitsForAllRowsOfDataThatDoNotGrow) {
+  experiment_.mutable_learning()->set_schedule(config::v1::Learning::CONCURRENT);
+  const auto run = [&](bool late) {
+    auto replay = std::make_shared<FakeReplay>(4, 4);
+    Learner::Options options = Options(replay);
+    options.wait_for_all_rows = true;
+    auto watcher = std::make_unique<FakeWatcher>();
+    FakeWatcher* const feed = watcher.get();
+    options.watcher = std::move(watcher);
+    std::unique_ptr<Learner> learner = Learner::Create(std::move(options)).value();
+    for (size_t i = 0; i < (late ? 1 : data_.size()); ++i) feed->Push(data_[i]);
+    std::thread thread([&] { EXPECT_OK(learner->Run()); });
+    if (late) {
+      replay->stats_asked.WaitForNotification();
+      EXPECT_EQ(learner->progress().updates, 0);
+      for (size_t i = 1; i < data_.size(); ++i) feed->Push(data_[i]);
+    }
+    thread.join();
+    return Parameters(*replay);
+  };
+  ExpectSame(run(false), run(true));
+}
+
+TEST_F(LearnerTest, PublishesTheMeanOfTheWeights) {
+  experiment_.mutable_learning()->set_weight_average_decay(0.5);
+  std::vector<TensorMap> weights;
+  for (const int64_t updates : {1, 2, 3}) {  // as they are
+    config::v1::Experiment plain = experiment_;
+    plain.mutable_learning()->clear_weight_average_decay();
+    auto replay = std::make_shared<FakeReplay>(updates, 1);
+    Learner::Options options = Options(replay);
+    options.experiment = plain;
+    ASSERT_OK(Learner::Create(std::move(options)).value()->Run());
+    weights.push_back(Parameters(*replay));
+  }
+  auto replay = std::make_shared<FakeReplay>(3, 1);
+  ASSERT_OK(Learner::Create(Options(replay)).value()->Run());
+  for (const auto& [name, mean] : Parameters(*replay)) {
+    const torch::Tensor expected = (weights[0].at(name) + 2 * weights[1].at(name) + 4 * weights[2].at(name)) / 7;
+    EXPECT_TRUE(torch::allclose(mean, expected, 1e-5, 1e-6)) << name;
+  }
 }
 
 TEST_F(LearnerTest, StopsWhenFencedOff) {
@@ -269,7 +453,8 @@ TEST_F(LearnerTest, ACheckpointThatCannotBeWrittenDoesNotStopLearning) {
   std::filesystem::remove(dir_ / "gone");
   ASSERT_OK(learner->Run());
   EXPECT_EQ(learner->progress().updates, 3);
-  EXPECT_EQ(Metric("orrery_learner_checkpoint_errors_total"), 4);  // after each update and at the end
+  // After each update, after the block and at the end.
+  EXPECT_EQ(Metric("orrery_learner_checkpoint_errors_total"), 5);
 }
 
 TEST_F(LearnerTest, GoesBackToTheCheckpointWhenUpdatesStayNotFiniteAndGivesUpAtLast) {

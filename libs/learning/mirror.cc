@@ -217,19 +217,66 @@ IndexTotals Mirror::totals() const {
   return index_->totals();
 }
 
-MirroredSource::MirroredSource(Mirror* mirror, int batch_size, uint64_t seed)
-    : mirror_(mirror), batch_size_(batch_size), random_(seed) {}
+MirroredSource::MirroredSource(Mirror* mirror, int batch_size, uint64_t seed, bool pinned)
+    : mirror_(mirror), batch_size_(batch_size), pinned_(pinned), random_(seed), thread_([this] { Work(); }) {}
+
+MirroredSource::~MirroredSource() {
+  {
+    absl::MutexLock lock(&mu_);
+    stopping_ = true;
+    changed_.SignalAll();
+  }
+  thread_.join();
+}
+
+void MirroredSource::Work() {
+  while (true) {
+    {
+      absl::MutexLock lock(&mu_);
+      while (!stopping_ && !wanted_) changed_.Wait(&mu_);
+      if (stopping_) return;
+    }
+    // It does not wait for data: where there are none, or the mirror has failed, Next finds that out itself.
+    absl::StatusOr<StoredBatch> batch = Gather(random_ahead_, buffers_ahead_, absl::InfinitePast());
+    absl::MutexLock lock(&mu_);
+    if (batch.ok()) prefetched_ = *std::move(batch);
+    wanted_ = false;
+    changed_.SignalAll();
+  }
+}
+
+void MirroredSource::Prefetch() {
+  absl::MutexLock lock(&mu_);
+  if (wanted_ || prefetched_.has_value()) return;
+  random_ahead_ = random_;
+  wanted_ = true;
+  changed_.SignalAll();
+}
+
+std::optional<StoredBatch> MirroredSource::TakePrefetched() {
+  absl::MutexLock lock(&mu_);
+  while (wanted_) changed_.Wait(&mu_);
+  return std::exchange(prefetched_, std::nullopt);
+}
 
 absl::StatusOr<StoredBatch> MirroredSource::Next(absl::Time deadline) {
+  std::optional<StoredBatch> prefetched = TakePrefetched();
+  if (!prefetched.has_value()) return Gather(random_, buffers_, deadline);
+  random_ = random_ahead_;
+  std::swap(buffers_, buffers_ahead_);
+  return *std::move(prefetched);
+}
+
+absl::StatusOr<StoredBatch> MirroredSource::Gather(std::mt19937_64& random, Buffers& buffers, absl::Time deadline) {
   const std::vector<Mirror::Field>& fields = mirror_->fields();
   std::vector<char*> targets;
   for (const Mirror::Field& field : fields) {
-    torch::Tensor& buffer = buffers_[field.name];
+    torch::Tensor& buffer = buffers[field.name];
     // A tensor that the caller still holds, itself or as a view, is left alone.
     if (!buffer.defined() || buffer.use_count() > 1 || buffer.storage().use_count() > 1) {
       std::vector<int64_t> shape = {mirror_->sequence_length(), batch_size_};
       shape.insert(shape.end(), field.shape.begin(), field.shape.end());
-      buffer = torch::empty(shape, torch::TensorOptions().dtype(ToTorch(field.dtype)));
+      buffer = torch::empty(shape, torch::TensorOptions().dtype(ToTorch(field.dtype)).pinned_memory(pinned_));
     }
     targets.push_back(static_cast<char*>(buffer.data_ptr()));
   }
@@ -237,9 +284,9 @@ absl::StatusOr<StoredBatch> MirroredSource::Next(absl::Time deadline) {
     const int64_t row_bytes = fields[field].row_bytes;
     std::memcpy(targets[field] + (step * batch_size_ + sequence) * row_bytes, row, static_cast<size_t>(row_bytes));
   };
-  RETURN_IF_ERROR(mirror_->Sample(batch_size_, random_, deadline, copy));
+  RETURN_IF_ERROR(mirror_->Sample(batch_size_, random, deadline, copy));
   StoredBatch batch;
-  for (const auto& [name, buffer] : buffers_) {
+  for (const auto& [name, buffer] : buffers) {
     if (name == kAction) {
       batch.action = buffer;
     } else if (name == kReward) {
@@ -265,6 +312,7 @@ absl::Status MirroredSource::SetState(const std::string& state) {
   std::istringstream in(state);
   std::mt19937_64 random;
   if (!(in >> random)) return absl::InvalidArgumentError("not a state of the batch sampler");
+  TakePrefetched();
   random_ = random;
   return absl::OkStatus();
 }

@@ -109,19 +109,42 @@ class Mirror {
 // again once the caller has dropped them.
 class MirroredSource : public BatchSource {
  public:
-  // The mirror must outlive the source.
-  MirroredSource(Mirror* mirror, int batch_size, uint64_t seed);
+  // The mirror must outlive the source. `pinned`: batches lie in memory that a GPU copies from without the processor.
+  MirroredSource(Mirror* mirror, int batch_size, uint64_t seed, bool pinned = false);
+  ~MirroredSource() override;
   absl::StatusOr<StoredBatch> Next(absl::Time deadline) override;
+  // Begins to gather the next batch meanwhile, on a thread of its own, from the rows that are there now.
+  void Prefetch();
 
-  // State of the sampler, for checkpoints.
+  // State of the sampler after the last batch of Next, for checkpoints: a batch that was only prefetched comes again.
   std::string State() const;
-  absl::Status SetState(const std::string& state);  // INVALID_ARGUMENT: not such a state
+  // INVALID_ARGUMENT: not such a state. What was prefetched is dropped.
+  absl::Status SetState(const std::string& state);
 
  private:
+  using Buffers = std::map<std::string, torch::Tensor>;
+
+  // Gathers a batch into `buffers`.
+  absl::StatusOr<StoredBatch> Gather(std::mt19937_64& random, Buffers& buffers, absl::Time deadline);
+  void Work();  // the thread's
+  // Waits until nothing is being gathered, and takes what was.
+  std::optional<StoredBatch> TakePrefetched();
+
+  // Constant after construction.
   Mirror* const mirror_;
   const int batch_size_;
-  std::mt19937_64 random_;
-  std::map<std::string, torch::Tensor> buffers_;
+  const bool pinned_;
+
+  // The consumer's; while `wanted_`, those that are `ahead` are the thread's.
+  std::mt19937_64 random_, random_ahead_;
+  Buffers buffers_, buffers_ahead_;
+
+  absl::Mutex mu_;
+  absl::CondVar changed_;
+  bool wanted_ ABSL_GUARDED_BY(mu_) = false;
+  bool stopping_ ABSL_GUARDED_BY(mu_) = false;
+  std::optional<StoredBatch> prefetched_ ABSL_GUARDED_BY(mu_);
+  std::thread thread_;  // last: it uses everything above
 };
 
 template <typename CopyRow>

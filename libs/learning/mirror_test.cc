@@ -161,6 +161,45 @@ TEST_F(MirrorTest, ABatchThatIsHeldIsNotWrittenOver) {
   EXPECT_TRUE(torch::equal(view, view_copy));
 }
 
+TEST_F(MirrorTest, PrefetchedBatchesAreTheSameOnesInTheSameOrder) {
+  ASSERT_OK(Add(1, 0, 30));
+  ASSERT_OK(Add(2, 0, 30));
+  MirroredSource plain(mirror_.get(), kBatch, 7), ahead(mirror_.get(), kBatch, 7);
+  std::vector<torch::Tensor> held;  // what is held is not written over
+  for (int i = 0; i < 6; ++i) {
+    ASSERT_OK_AND_ASSIGN(const StoredBatch batch, ahead.Next(clock_.Now()));
+    if (i != 3) {
+      ahead.Prefetch();
+      ahead.Prefetch();  // once is enough
+    }
+    CheckBatch(batch);
+    held.push_back(batch.reward);
+    EXPECT_TRUE(torch::equal(batch.reward, plain.Next(clock_.Now()).value().reward)) << i;
+    EXPECT_EQ(ahead.State(), plain.State()) << i;  // without what was only prefetched
+  }
+  MirroredSource again(mirror_.get(), kBatch, 7);
+  for (const torch::Tensor& reward : held) EXPECT_TRUE(torch::equal(reward, again.Next(clock_.Now()).value().reward));
+}
+
+TEST_F(MirrorTest, WhatWasPrefetchedIsDroppedWithAnotherState) {
+  ASSERT_OK(Add(1, 0, 30));
+  MirroredSource source(mirror_.get(), kBatch, 7);
+  const std::string begin = source.State();
+  const torch::Tensor first = source.Next(clock_.Now()).value().reward.clone();
+  source.Prefetch();
+  ASSERT_OK(source.SetState(begin));
+  EXPECT_TRUE(torch::equal(source.Next(clock_.Now()).value().reward, first));
+}
+
+TEST_F(MirrorTest, PrefetchWithoutDataLeavesItToNext) {
+  MirroredSource source(mirror_.get(), kBatch, 7), plain(mirror_.get(), kBatch, 7);
+  source.Prefetch();
+  EXPECT_THAT(source.Next(clock_.Now()), StatusIs(absl::StatusCode::kDeadlineExceeded));
+  source.Prefetch();
+  ASSERT_OK(Add(1, 0, 30));
+  EXPECT_TRUE(torch::equal(source.Next(clock_.Now()).value().reward, plain.Next(clock_.Now()).value().reward));
+}
+
 TEST_F(MirrorTest, NextWaitsForTheFeeder) {
   auto owned = std::make_unique<FakeWatcher>();
   FakeWatcher* watcher = owned.get();

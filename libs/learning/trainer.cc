@@ -21,21 +21,32 @@ absl::StatusOr<std::unique_ptr<Trainer>> Trainer::Create(const config::v1::Model
                                                          const config::v1::Learning& learning, uint64_t seed,
                                                          torch::Device device, int threads, bool bfloat16) {
   ASSIGN_OR_RETURN(std::shared_ptr<WorldModel> world_model, WorldModel::Create(model, DeriveSeed(seed, "parameters")));
+  std::shared_ptr<WorldModel> mean;
+  if (learning.has_weight_average_decay()) {
+    ASSIGN_OR_RETURN(mean, WorldModel::Create(model, DeriveSeed(seed, "parameters")));
+  }
   return CatchExceptions(absl::StrCat("training on ", device.str()), [&]() -> absl::StatusOr<std::unique_ptr<Trainer>> {
     world_model->to(device);
     world_model->UseWorkers(std::make_shared<RowWorkers>(threads));
     if (bfloat16) world_model->UseBfloat16();
+    std::unique_ptr<WeightAverage> average;
+    if (mean != nullptr) {
+      mean->to(device);
+      average = std::make_unique<WeightAverage>(world_model, std::move(mean), learning.weight_average_decay());
+    }
     // A generator of this trainer's own, for any kind of device.
     torch::Generator generator = at::globalContext().defaultGenerator(device).clone();
     generator.set_current_seed(DeriveSeed(seed, "noise"));
-    return std::unique_ptr<Trainer>(new Trainer(std::move(world_model), learning, std::move(generator), device));
+    return std::unique_ptr<Trainer>(
+        new Trainer(std::move(world_model), std::move(average), learning, std::move(generator), device));
   });
 }
 
-Trainer::Trainer(std::shared_ptr<WorldModel> model, const config::v1::Learning& learning, torch::Generator generator,
-                 torch::Device device)
+Trainer::Trainer(std::shared_ptr<WorldModel> model, std::unique_ptr<WeightAverage> average,
+                 const config::v1::Learning& learning, torch::Generator generator, torch::Device device)
     : device_(device),
       model_(std::move(model)),
+      average_(std::move(average)),
       generator_(std::move(generator)),
       updater_(model_, learning),
       step_(
@@ -77,11 +88,17 @@ Batch Trainer::Prepare(const std::vector<torch::Tensor>& stored) {
   return batch;
 }
 
+absl::StatusOr<UpdateResult> Trainer::MakeUpdate(const StoredBatch& stored) {
+  ASSIGN_OR_RETURN(const std::vector<torch::Tensor> tensors, Flatten(stored));
+  if (!device_.is_cuda()) return updater_.Update(Prepare(tensors), generator_);
+  return updater_.Read(step_.Run(tensors)[0]);
+}
+
 absl::StatusOr<UpdateResult> Trainer::Update(const StoredBatch& stored) {
   return CatchExceptions("update", [&]() -> absl::StatusOr<UpdateResult> {
-    ASSIGN_OR_RETURN(const std::vector<torch::Tensor> tensors, Flatten(stored));
-    if (!device_.is_cuda()) return updater_.Update(Prepare(tensors), generator_);
-    return updater_.Read(step_.Run(tensors)[0]);
+    ASSIGN_OR_RETURN(const UpdateResult result, MakeUpdate(stored));
+    if (average_ != nullptr && !result.skipped) average_->Add(updater_.steps());
+    return result;
   });
 }
 
@@ -91,6 +108,7 @@ TensorMap Trainer::State() const {
   for (const auto& parameter : model_->named_parameters()) {
     state[absl::StrCat(kParameter, parameter.key())] = parameter.value().detach().cpu().clone();
   }
+  if (average_ != nullptr) state.merge(average_->State());
   state[kGenerator] = generator_.get_state().clone();
   return state;
 }
@@ -114,6 +132,7 @@ absl::Status Trainer::CheckParameters(const TensorMap& state) const {
 absl::Status Trainer::Restore(const TensorMap& state, bool with_random) {
   return CatchExceptions("restoring a checkpoint", [&]() -> absl::Status {
     RETURN_IF_ERROR(CheckParameters(state));
+    if (average_ != nullptr) RETURN_IF_ERROR(average_->Check(state));
     const auto random = state.find(kGenerator);
     if (with_random) {
       if (random == state.end()) return absl::InvalidArgumentError(absl::StrCat(kGenerator, " is missing"));
@@ -125,6 +144,7 @@ absl::Status Trainer::Restore(const TensorMap& state, bool with_random) {
     }
     RETURN_IF_ERROR(updater_.Restore(state));
     if (with_random) generator_.set_state(random->second);
+    if (average_ != nullptr) average_->Restore(state);
     torch::NoGradGuard no_grad;
     for (auto& parameter : model_->named_parameters()) {
       parameter.value().copy_(state.at(absl::StrCat(kParameter, parameter.key())));

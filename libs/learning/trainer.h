@@ -13,6 +13,7 @@
 #include "libs/device/captured_step.h"
 #include "libs/learning/batch_source.h"
 #include "libs/learning/update.h"
+#include "libs/learning/weight_average.h"
 #include "libs/world_model/world_model.h"
 
 namespace orrery {
@@ -31,17 +32,21 @@ class Trainer {
   // LibTorch failed.
   absl::StatusOr<UpdateResult> Update(const StoredBatch& batch);
 
-  // "param.<name>", the optimizer's "adam.…", "random.generator". Copies on CPU.
+  // "param.<name>", the optimizer's "adam.…", "random.generator" and, with learning.weight_average_decay, "average.<name>".
+  // Copies on CPU.
   TensorMap State() const;
   // Takes such a state. INVALID_ARGUMENT names the first tensor that is missing or of another shape or type; then nothing
   // changed. Without `with_random` the generator goes on as it is.
   absl::Status Restore(const TensorMap& state, bool with_random);
 
   const WorldModel& model() const { return *model_; }
+  // What snapshots hold: with learning.weight_average_decay the mean of the weights (weight_average.h), else the model.
+  const WorldModel& published() const { return average_ == nullptr ? *model_ : average_->model(); }
 
  private:
-  Trainer(std::shared_ptr<WorldModel> model, const config::v1::Learning& learning, torch::Generator generator,
-          torch::Device device);
+  Trainer(std::shared_ptr<WorldModel> model, std::unique_ptr<WeightAverage> average, const config::v1::Learning& learning,
+          torch::Generator generator, torch::Device device);
+  absl::StatusOr<UpdateResult> MakeUpdate(const StoredBatch& batch);
   absl::Status CheckParameters(const TensorMap& state) const;
   // A batch's tensors in a fixed order: modalities, action, reward, is_first and, with a continue head, is_terminal.
   absl::StatusOr<std::vector<torch::Tensor>> Flatten(const StoredBatch& stored) const;
@@ -50,6 +55,7 @@ class Trainer {
 
   const torch::Device device_;
   std::shared_ptr<WorldModel> model_;
+  const std::unique_ptr<WeightAverage> average_;  // may be empty
   torch::Generator generator_;
   Updater updater_;
   CapturedStep step_;  // preprocessing and update on CUDA; refers to this object

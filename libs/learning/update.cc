@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "libs/base/array.h"
 #include "libs/base/status.h"
+#include "libs/learning/rate_schedule.h"
 #include "libs/world_model/behavior.h"
 #include "libs/world_model/layout.h"
 
@@ -147,7 +148,10 @@ BehaviorAndGradients ComputeBehavior(const WorldModel& model, const LossOutputs&
 }
 
 Updater::Updater(std::shared_ptr<WorldModel> model, const config::v1::Learning& learning)
-    : model_(std::move(model)), epsilon_(learning.adam_epsilon()), clip_(learning.gradient_clip()) {
+    : model_(std::move(model)),
+      schedule_(learning.rate_schedule()),
+      epsilon_(learning.adam_epsilon()),
+      clip_(learning.gradient_clip()) {
   model_group_.learning_rate = learning.learning_rate();
   actor_group_.learning_rate = learning.actor_learning_rate();
   value_group_.learning_rate = learning.value_learning_rate();
@@ -207,9 +211,12 @@ absl::StatusOr<UpdateResult> Updater::Update(const Batch& batch, torch::Generato
     result.skipped = !std::all_of(value, value + values.numel(), [](double x) { return std::isfinite(x); });
     if (result.skipped) return result;
     device_steps_.fill_(++steps_);
+    const double factor = RateFactor(schedule_, steps_);
+    result.learning_rate = model_group_.learning_rate * factor;
     for (size_t i = 0; i < gradients.size(); ++i) {
+      Group& group = *gradients[i].group;
       if (const double scale = clip_ / (value[i] + 1e-6); scale < 1) at::_foreach_mul_(gradients[i].tensors, scale);
-      Step(*gradients[i].group, gradients[i].tensors, /*skip=*/c10::nullopt);
+      Step(group, gradients[i].tensors, group.learning_rate * factor, /*skip=*/c10::nullopt);
     }
     return result;
   });
@@ -223,10 +230,16 @@ absl::StatusOr<Tensor> Updater::Enqueue(const Batch& batch, torch::Generator& ge
     for (const auto& term : computed.terms) enqueued_terms_.push_back(term.first);
     const Tensor skip = computed.values.isfinite().all().logical_not().to(at::kFloat);
     device_steps_.add_(1 - skip);
+    c10::optional<Tensor> factor;
+    if (!IsConstant(schedule_)) factor = RateFactor(schedule_, device_steps_);
     for (size_t i = 0; i < computed.gradients.size(); ++i) {
       Gradients& g = computed.gradients[i];
       at::_foreach_mul_(g.tensors, (clip_ / (computed.values[static_cast<int64_t>(i)] + 1e-6)).clamp_max(1));
-      Step(*g.group, g.tensors, skip);
+      if (factor.has_value()) {
+        Step(*g.group, g.tensors, *factor * g.group->learning_rate, skip);
+      } else {
+        Step(*g.group, g.tensors, g.group->learning_rate, skip);
+      }
     }
     return computed.values;
   });
@@ -240,14 +253,17 @@ UpdateResult Updater::Read(const Tensor& values) {
   result.gradient_norm = value[0];
   for (size_t i = norms; i < count; ++i) result.losses[enqueued_terms_[i - norms]] = value[i];
   result.skipped = !std::all_of(value, value + count, [](double x) { return std::isfinite(x); });
-  if (!result.skipped) ++steps_;
+  if (result.skipped) return result;
+  result.learning_rate = model_group_.learning_rate * RateFactor(schedule_, ++steps_);
   return result;
 }
 
-void Updater::Step(Group& group, const std::vector<Tensor>& gradients, const c10::optional<Tensor>& skip) {
+template <typename Rate>
+void Updater::Step(Group& group, const std::vector<Tensor>& gradients, const Rate& rate,
+                   const c10::optional<Tensor>& skip) {
   const std::vector<Tensor> steps(group.parameters.size(), device_steps_);
   at::_fused_adam_(group.parameters, gradients, group.first_moments, group.second_moments, /*max_exp_avg_sqs=*/{}, steps,
-                   group.learning_rate, kBeta1, kBeta2, /*weight_decay=*/0, epsilon_, /*amsgrad=*/false,
+                   rate, kBeta1, kBeta2, /*weight_decay=*/0, epsilon_, /*amsgrad=*/false,
                    /*maximize=*/false, /*grad_scale=*/{}, /*found_inf=*/skip);
 }
 

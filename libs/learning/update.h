@@ -45,12 +45,13 @@ struct UpdateResult {
   // By term: "total", "observation", "reward", "kl", and the others of LossTerms where they are configured.
   std::map<std::string, double> losses;
   double gradient_norm = 0;  // of the model, before clipping
+  double learning_rate = 0;  // of the model, as the schedule left it
   bool skipped = false;      // a loss or gradient was not finite: parameters and optimizer are as they were
 };
 
-// Fits a model with Adam, and with model.behavior its actor and value in imagination from the batch's posterior states. One
-// thread; shares the model with its caller, who must not change its parameters, and must have
-// moved it to its device before.
+// Fits a model with Adam, and with model.behavior its actor and value in imagination from the batch's posterior states.
+// Learning rates follow learning.rate_schedule by steps(). One thread; shares the model with its caller, who must not change
+// its parameters, and must have moved it to its device before.
 //
 //   Batch batch{model->Preprocess(stored.observations, generator), stored.action, stored.reward, stored.is_first};
 //   ASSIGN_OR_RETURN(UpdateResult result, updater.Update(batch, generator));
@@ -100,12 +101,16 @@ class Updater {
   // Appends the actor's and the value's gradients and losses.
   void AddBehavior(const LossOutputs& o, torch::Generator& generator, std::vector<Gradients>& gradients,
                    std::vector<std::pair<const char*, torch::Tensor>>& terms);
-  // Adam's step number device_steps_; none where `skip` (float32 scalar) is 1.
-  void Step(Group& group, const std::vector<torch::Tensor>& gradients, const c10::optional<torch::Tensor>& skip);
+  // Adam's step number device_steps_ by `rate`, a number or a float32 scalar on the device; none where `skip` (float32 scalar)
+  // is 1.
+  template <typename Rate>
+  void Step(Group& group, const std::vector<torch::Tensor>& gradients, const Rate& rate,
+            const c10::optional<torch::Tensor>& skip);
   std::vector<Group*> groups() { return {&model_group_, &actor_group_, &value_group_}; }
   std::vector<const Group*> groups() const { return {&model_group_, &actor_group_, &value_group_}; }
 
   const std::shared_ptr<WorldModel> model_;
+  const config::v1::RateSchedule schedule_;
   const double epsilon_, clip_;
   Group model_group_, actor_group_, value_group_;  // the last two are empty without model.behavior
   int64_t steps_ = 0;

@@ -113,13 +113,15 @@ class UpdateTest : public ::testing::TestWithParam<bool> {
     EXPECT_OK(values);
     return values.ok() ? updater.Read(*values) : UpdateResult();
   }
-  // `model` learns as `reference`, of the same parameters, does with LibTorch's own Adam.
-  static void ExpectAdam(const std::shared_ptr<WorldModel>& model, WorldModel& reference, double clip,
-                         const std::function<Batch(int)>& batch, double tolerance) {
-    Updater updater(model, Options(clip));
+  // `model` learns as `reference`, of the same parameters, does with LibTorch's own Adam at those rates.
+  static void ExpectAdam(const std::shared_ptr<WorldModel>& model, WorldModel& reference, const config::v1::Learning& learning,
+                         const std::vector<double>& rates, const std::function<Batch(int)>& batch, double tolerance) {
+    Updater updater(model, learning);
+    const double clip = learning.gradient_clip();
     torch::optim::Adam adam(reference.parameters(), torch::optim::AdamOptions(0.01).eps(1e-4));
     torch::Generator g = Seeded(3), same = Seeded(3);
-    for (int i = 0; i < 5; ++i) {
+    for (int i = 0; i < static_cast<int>(rates.size()); ++i) {
+      static_cast<torch::optim::AdamOptions&>(adam.param_groups()[0].options()).lr(rates[i]);
       const UpdateResult result = Update(updater, batch(i), g);
       const LossOutputs o = reference.Loss(batch(i), reference.DrawNoise(6, 3, same, false), false);
       adam.zero_grad();
@@ -130,6 +132,7 @@ class UpdateTest : public ::testing::TestWithParam<bool> {
       ASSERT_EQ(result.losses.count("total"), 1u);
       EXPECT_NEAR(result.losses.at("total"), loss, tolerance * std::max(1.0, loss));
       EXPECT_FALSE(result.skipped);
+      EXPECT_NEAR(result.learning_rate, rates[i], 1e-12);
     }
     const TensorMap expected = Parameters(reference);
     for (const auto& [name, value] : Parameters(*model)) EXPECT_TRUE(Near(value, expected.at(name), tolerance)) << name;
@@ -137,7 +140,8 @@ class UpdateTest : public ::testing::TestWithParam<bool> {
 };
 
 TEST_P(UpdateTest, StepsAsTorchsAdamDoes) {
-  for (const double clip : {1000.0, 0.5}) ExpectAdam(MakeModel(), *MakeModel(), clip, MakeBatch, 1e-4);
+  for (const double clip : {1000.0, 0.5})
+    ExpectAdam(MakeModel(), *MakeModel(), Options(clip), std::vector<double>(5, 0.01), MakeBatch, 1e-4);
   Updater updater(MakeModel(), Options());
   torch::Generator g = Seeded(3);
   EXPECT_EQ(Update(updater, MakeBatch(1), g).losses.size(), 5u);
@@ -158,7 +162,40 @@ TEST_P(UpdateTest, StepsAsTorchsAdamDoesWithPictures) {
     made.observations = reference->Preprocess({{"i", at::randint(0, 256, {6, 3, 32, 32, 3}, g, at::kByte)}}, g);
     return made;
   };
-  ExpectAdam(model, *reference, 1000, batch, 1e-3);
+  ExpectAdam(model, *reference, Options(), std::vector<double>(5, 0.01), batch, 1e-3);
+}
+
+// Rates computed by hand: half, whole, then three steps down to a tenth.
+TEST_P(UpdateTest, StepsByTheRateSchedule) {
+  config::v1::Learning learning = Options();
+  learning.mutable_rate_schedule()->set_shape(config::v1::RateSchedule::LINEAR);
+  learning.mutable_rate_schedule()->set_warm_up_updates(2);
+  learning.mutable_rate_schedule()->set_decay_updates(3);
+  learning.mutable_rate_schedule()->set_final_fraction(0.1);
+  ExpectAdam(MakeModel(), *MakeModel(), learning, {0.005, 0.01, 0.007, 0.004, 0.001, 0.001}, MakeBatch, 1e-4);
+}
+
+// An update that is skipped does not move the schedule, and actor and value follow it, too.
+TEST_P(UpdateTest, TheScheduleCountsUpdatesOfAllGroups) {
+  config::v1::Learning learning = Options();
+  learning.set_actor_learning_rate(0.02);
+  learning.set_value_learning_rate(0.03);
+  learning.mutable_rate_schedule()->set_warm_up_updates(4);
+  const auto model = MakeModel(kBehavior);
+  const TensorMap start = Parameters(*model);
+  Updater updater(model, learning);
+  torch::Generator g = Seeded(3);
+  Batch bad = MakeBatch(2);
+  bad.reward[0][0] = std::nanf("");
+  EXPECT_TRUE(Update(updater, bad, g).skipped);
+  EXPECT_NEAR(Update(updater, MakeBatch(1), g).learning_rate, 0.0025, 1e-12);
+  // Adam's first step is the learning rate, a quarter of it here, wherever the gradient is far above epsilon.
+  const TensorMap after = Parameters(*model);
+  const auto step = [&](const std::string& name) { return (after.at(name) - start.at(name)).abs().max().item<double>(); };
+  EXPECT_NEAR(step("value.out.bias"), 0.0075, 0.00075);
+  EXPECT_GT(step("actor.out.weight"), 0);
+  EXPECT_LE(step("actor.out.weight"), 0.005 + 1e-6);
+  EXPECT_LE(step("reward.out.bias"), 0.0025 + 1e-6);
 }
 
 TEST(Updater, LossFalls) {

@@ -20,11 +20,13 @@
 #include "libs/base/shutdown.h"
 #include "libs/base/status.h"
 #include "libs/config/config.h"
+#include "libs/envs/tasks.h"
 #include "libs/learning/complete_model.h"
 #include "libs/planning/planner.h"
 #include "libs/world_model/snapshot.h"
 #include "tools/orrery/command.h"
 #include "tools/orrery/episode_film.h"
+#include "tools/orrery/policy.h"
 #include "tools/orrery/training_run.h"
 
 namespace orrery {
@@ -35,11 +37,23 @@ struct Flags {
   std::vector<std::string> set;
   std::string run_dir;
   std::string store;
+  std::string data_set;
   std::string metrics_listen;
   std::string device = "cpu";
   bool resume = false;
+  bool offline = false;
   int threads = 0;
 };
+
+absl::Status CheckFlags(const Flags& flags) {
+  if (flags.offline && flags.store.empty()) {
+    return absl::InvalidArgumentError("--offline learns from what is stored: say where with --store=LOCATION");
+  }
+  if (!flags.offline && !flags.data_set.empty()) {
+    return absl::InvalidArgumentError(absl::StrCat("--data_set=", flags.data_set, " is for --offline"));
+  }
+  return absl::OkStatus();
+}
 
 // The configuration and its folder: --config, or when resuming what the folder holds.
 struct Plan {
@@ -112,6 +126,10 @@ class ProgressLine {
     if (learning_.has_max_seconds()) {
       left = static_cast<double>(learning_.max_seconds()) - absl::ToDoubleSeconds(now - begin_);
     }
+    if (learning_.has_max_updates() && updates_per_second_ > 0) {
+      const double by_updates = static_cast<double>(learning_.max_updates() - last_updates_) / updates_per_second_;
+      left = std::min(left.value_or(by_updates), by_updates);
+    }
     // Seed episodes are quick: the pace counts from their end.
     if (totals.episodes < seed_episodes_) return left;
     if (paced_since_ == absl::InfinitePast()) {
@@ -165,6 +183,31 @@ absl::Status MakeFilm(const config::v1::Experiment& experiment, const std::strin
   return WriteFileAtomically(path, film);
 }
 
+// Plays the tasks that this program knows by the newest snapshot, and prints their returns.
+absl::Status PlayEvaluation(TrainingRun& run, const config::v1::Experiment& experiment) {
+  const absl::StatusOr<std::vector<EnvironmentOptions>> tasks = TaskOptions(experiment.environment());
+  if (absl::IsNotFound(tasks.status())) {
+    LogWarning("no evaluation: {}", tasks.status().ToString());
+    return absl::OkStatus();
+  }
+  RETURN_IF_ERROR(tasks.status());
+  RETURN_IF_ERROR(run.ServeNewest());
+  for (const EnvironmentOptions& task : *tasks) {
+    const absl::StatusOr<std::unique_ptr<Environment>> environment = MakeEnvironment(task);
+    if (absl::IsNotFound(environment.status())) {
+      LogWarning("no evaluation: {}", environment.status().ToString());
+      continue;
+    }
+    RETURN_IF_ERROR(environment.status());
+    PlannerPolicy policy(run.Channel(), (*environment)->spec().action);
+    ASSIGN_OR_RETURN(const Evaluation evaluation, Evaluate(**environment, policy, experiment.evaluation().episodes(),
+                                                           static_cast<uint64_t>(experiment.seed())));
+    std::printf("evaluation of %s: mean return %.1f, deviation %.1f, episodes %zu\n", task.task.c_str(),
+                Mean(evaluation.returns), SampleDeviation(evaluation.returns), evaluation.returns.size());
+  }
+  return absl::OkStatus();
+}
+
 void PrintSummary(const RunTotals& totals, const Learner::Progress& progress, const Plan& plan,
                   const std::string& snapshot) {
   std::printf("episodes %lld, environment steps %lld, updates %lld\n", static_cast<long long>(totals.episodes),
@@ -176,12 +219,14 @@ void PrintSummary(const RunTotals& totals, const Learner::Progress& progress, co
 
 absl::Status Run(const Flags& flags) {
   SetTorchThreads(1);
+  RETURN_IF_ERROR(CheckFlags(flags));
   ASSIGN_OR_RETURN(const Plan plan, MakePlan(flags));
   RETURN_IF_ERROR(MakeDirectory(plan.run_dir));
   TrainingRun::Options options;
   options.experiment = plan.experiment;
   options.run_dir = plan.run_dir;
   options.store = flags.store.empty() ? absl::StrCat("file:", plan.run_dir, "/replay") : flags.store;
+  if (flags.offline) options.offline_data_set = flags.data_set.empty() ? plan.experiment.name() : flags.data_set;
   options.metrics_listen = flags.metrics_listen;
   options.device = flags.device;
   options.threads = ThreadsOf(flags.threads);
@@ -192,13 +237,20 @@ absl::Status Run(const Flags& flags) {
   run->Start();
   const bool signalled = Watch(*run, plan.experiment);
   if (signalled) std::fprintf(stderr, "stopping: saving a checkpoint\n");
+  run->EndLearning();
+  absl::Status evaluated;
+  if (flags.offline && !signalled) {
+    UnblockShutdownSignals();  // everything is saved
+    evaluated = PlayEvaluation(*run, plan.experiment);
+  }
   RETURN_IF_ERROR(run->Stop());
+  RETURN_IF_ERROR(Annotate(evaluated, "evaluation"));
   PrintSummary(run->totals(), run->progress(), plan, run->snapshot_path());
   if (signalled) return absl::OkStatus();
   const std::string film = plan.run_dir + "/film.webp";
   const absl::Status filmed = MakeFilm(plan.experiment, run->snapshot_path(), film);
   if (absl::IsNotFound(filmed)) {
-    LogWarning("no film: {}", filmed.ToString());  // nothing to see in this task
+    LogWarning("no film: {}", filmed.ToString());  // nothing to see in this task, or offline a task of elsewhere
     return absl::OkStatus();
   }
   RETURN_IF_ERROR(filmed);
@@ -219,6 +271,11 @@ void AddTrainCommand(CLI::App& app, Command& command) {
   train->add_flag("--resume", flags->resume, "Goes on with the run in --run_dir");
   train->add_option("--store", flags->store, "Where the experience lives: file:FOLDER, memory:, redis://HOST:PORT or redis-cluster://HOST:PORT "
                                              "(default: file:RUN_DIR/replay)");
+  train->add_flag("--offline", flags->offline,
+                  "Learns from a data set in --store alone; plays only an evaluation at the end");
+  train->add_option("--data_set", flags->data_set,
+                    "Name of the run that collected it or under which it was imported (with --offline; default: the experiment's)")
+      ->type_name("NAME");
   train->add_option("--metrics_listen", flags->metrics_listen, "HOST:PORT for /metrics (default: none)");
   train->add_option("--device", flags->device, "cpu, cuda or cuda:N")->capture_default_str();
   AddThreadsFlag(*train, flags->threads, "Threads that share an update");

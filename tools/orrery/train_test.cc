@@ -13,9 +13,12 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
+#include "absl/time/clock.h"
 #include "libs/base/file.h"
 #include "libs/base/status_matchers.h"
 #include "libs/base/testing.h"
+#include "libs/tensors/safetensors.h"
+#include "tests/process.h"
 #include "tools/orrery/program_testing.h"
 
 namespace orrery {
@@ -160,6 +163,81 @@ TEST(Train, SavesAndEndsCleanlyOnSigterm) {
   EXPECT_FALSE(std::filesystem::is_empty(run + "/checkpoints"));
 }
 
+int64_t Updates(const std::string& run) {
+  const absl::StatusOr<std::string> file = ReadFile(run + "/metrics.csv");
+  return file.ok() ? std::count(file->begin(), file->end(), '\n') - 1 : 0;
+}
+
+void ExpectSameModel(const std::string& run, const std::string& other) {
+  ASSERT_OK_AND_ASSIGN(const SafeTensors a, LoadSafeTensors(run + "/snapshots/latest.safetensors"));
+  ASSERT_OK_AND_ASSIGN(const SafeTensors b, LoadSafeTensors(other + "/snapshots/latest.safetensors"));
+  EXPECT_EQ(a.metadata.at("orrery.counter"), b.metadata.at("orrery.counter"));
+  ASSERT_EQ(a.tensors.size(), b.tensors.size());
+  for (const auto& [name, tensor] : a.tensors) EXPECT_TRUE(torch::equal(tensor, b.tensors.at(name))) << name;
+}
+
+// With a schedule of the learning rate and averaged weights, which go on where they were.
+TEST(Train, KilledWhileItLearnsItComesToTheSameModel) {
+  const TempDir dir;
+  const std::string straight = dir / "straight", killed = dir / "killed";
+  const std::string set = "--set learning.initial_updates=600 --set learning.max_episodes=5 --set learning.max_seconds=3600"
+                          " --set learning.checkpoint_every_updates=100 --set learning.weight_average_decay=0.99"
+                          " --set learning.rate_schedule.shape=COSINE --set learning.rate_schedule.warm_up_updates=50"
+                          " --set learning.rate_schedule.decay_updates=500 --set learning.rate_schedule.final_fraction=0.1";
+  const Outcome whole = Orrery(TinyRun(straight) + set);
+  ASSERT_EQ(whole.code, 0) << whole.output;
+
+  Process process({"/bin/sh", "-c", absl::StrCat("exec ", ORRERY_BIN_DIR, "/orrery ", TinyRun(killed), set)}, dir / "log");
+  while (process.Running() && Updates(killed) < 150) absl::SleepFor(absl::Milliseconds(5));
+  process.Kill();
+  ASSERT_GE(Updates(killed), 150) << process.Log();
+  ASSERT_LT(Updates(killed), 600) << "not in time: an episode was being played";
+  const Outcome resumed = Orrery(absl::StrCat("train --threads=1 --resume --run_dir=", killed));
+  ASSERT_EQ(resumed.code, 0) << resumed.output;
+  ExpectSameModel(straight, killed);
+}
+
+TEST(Train, OfflineLearnsFromWhatWasStored) {
+  const TempDir dir;
+  const std::string run = dir / "run", offline = dir / "offline", again = dir / "again";
+  const Outcome collected = Orrery(TinyRun(run) + "--set learning.max_episodes=4");
+  ASSERT_EQ(collected.code, 0) << collected.output;
+  const std::string stored = absl::StrCat(" --offline --store=file:", run, "/replay --data_set=point_pixels ");
+  const std::string set = "--set name=another --set learning.max_updates=120 --set learning.snapshot_every_updates=50 ";
+  const Outcome learnt = Orrery(TinyRun(offline) + stored + set);
+  ASSERT_EQ(learnt.code, 0) << learnt.output;
+  EXPECT_THAT(learnt.output, HasSubstr("episodes 0, environment steps 0, updates 120"));
+  EXPECT_THAT(learnt.output, HasSubstr("evaluation of point_pixels: mean return "));
+  const std::vector<std::vector<std::string>> updates = Rows(offline + "/metrics.csv");
+  ASSERT_EQ(updates.size(), 120u);
+  EXPECT_LT(MeanLoss(updates, 100, 120), 0.8 * MeanLoss(updates, 0, 10));
+  EXPECT_GE(FilmFrames(offline + "/film.webp"), 20) << learnt.output;
+  EXPECT_FALSE(std::filesystem::exists(offline + "/replay"));
+
+  // In two parts it comes to the same, and the data set is as it was.
+  const Outcome first = Orrery(TinyRun(again) + stored + set + "--set learning.max_updates=70");
+  ASSERT_EQ(first.code, 0) << first.output;
+  const Outcome second =
+      Orrery(absl::StrCat("train --threads=1 --resume --run_dir=", again, stored, "--set learning.max_updates=120"));
+  ASSERT_EQ(second.code, 0) << second.output;
+  ExpectSameModel(offline, again);
+  const Outcome resumed = Orrery(absl::StrCat("train --threads=1 --resume --run_dir=", run, " --set learning.max_episodes=5"));
+  EXPECT_EQ(resumed.code, 0) << resumed.output;
+
+  const Outcome other = Orrery(TinyRun(dir / "other") + stored +
+                               "--set environment.image_size=64 --set model.modalities[0].image.height=64"
+                               " --set model.modalities[0].image.width=64");
+  EXPECT_EQ(other.code, 1);
+  EXPECT_THAT(other.output, HasSubstr("field \"image\" is uint8 [25, 32, 32, 3], the model expects uint8 [25, 64, 64, 3]"));
+}
+
+TEST(Train, EndsAfterTheMostUpdates) {
+  const TempDir dir;
+  const Outcome outcome = Orrery(TinyRun(dir / "run") + "--set learning.max_updates=45");
+  ASSERT_EQ(outcome.code, 0) << outcome.output;
+  EXPECT_EQ(Rows(dir / "run/metrics.csv").size(), 45u) << "40 after the seed episodes, 5 of the next 10";
+}
+
 TEST(Bench, PrintsOneObjectPerLine) {
   const std::string sizes = " --json --repeats=1 --warm_up=0 --threads=2 --set model.deterministic_size=8"
                             " --set model.modalities[0].image.depth=1 --set learning.batch_size=3"
@@ -215,6 +293,11 @@ TEST(CommandLine, BadInputIsOneLineAndExitsWithOne) {
            {absl::StrCat("train --config=", config, " --run_dir=", dir / "a", " --set environment.task=nope"), "nope"},
            {absl::StrCat("train --config=", config, " --run_dir=", dir / "a", " --store=nowhere"), "nowhere"},
            {absl::StrCat("train --resume --run_dir=", dir / "none"), "none"},
+           {absl::StrCat("train --config=", config, " --run_dir=", dir / "b", " --offline"), "--store=LOCATION"},
+           {absl::StrCat("train --config=", config, " --run_dir=", dir / "b", " --data_set=x"), "--data_set=x is for --offline"},
+           {absl::StrCat("train --config=", config, " --run_dir=", dir / "b", " --offline --store=file:", dir / "none"), "none"},
+           {absl::StrCat("train --config=", config, " --run_dir=", dir / "b", " --offline --store=file:", dir.path()),
+            "data set \"point_pixels\" is not in the store"},
            {"eval --env=point_pixels", "--snapshot"},
            {absl::StrCat("eval --env=point_pixels --snapshot=", dir / "none"), "none"},
            {absl::StrCat("eval --env=point_pixels --snapshot=", dir / "damaged.safetensors"), "damaged.safetensors"},
