@@ -1,23 +1,27 @@
 #!/usr/bin/env bash
-# Everything that is too long for continuous integration: sanitizers, clang, the CUDA compile, dm_control beside ours, buf lint.
+# Everything that is too long for continuous integration: sanitizers, clang, the CUDA compile, dm_control beside ours, the Kubernetes
+# manifests, Docker's containers, buf lint.
 # Each part runs even when an earlier one failed; the exit status is 0 only when all passed.
 #
-#   tools/ci_full.sh [part …]      parts: release asan tsan clang cuda dm_control lint    (default: all)
+#   tools/ci_full.sh [part …]      parts: release asan tsan clang cuda dm_control k8s compose lint    (default: all)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 run_part() {
   case "$1" in
     release) tools/test.sh ;;
-    # LibTorch and the distribution's libraries are not instrumented: no leak check, and tsan reports Abseil's mutex (docs/plan.md).
+    # LibTorch and the distribution's libraries are not instrumented: no leak check, and tsan gets an Abseil of its own.
     asan) ASAN_OPTIONS=detect_leaks=0 ORRERY_PRESET=asan tools/test.sh ;;
-    tsan) ORRERY_PRESET=tsan tools/test.sh ;;
+    tsan) test_with_tsan ;;
     clang) command -v clang++ >/dev/null || sudo_apt clang; cmake --preset clang && cmake --build --preset clang ;;
     cuda) tools/setup.sh && cmake --preset cuda && cmake --build --preset cuda ;;
     dm_control) sudo_apt python3-venv; compare_with_dm_control ;;
+    k8s) command -v go >/dev/null || { echo "go not found: https://go.dev/dl"; return 1; }
+         tools/setup.sh && tools/build.sh && tools/k8s_check.sh ;;
+    compose) tools/compose_test.sh || { [ $? -eq 77 ] && echo "ci_full: compose skipped"; } ;;
     lint) command -v buf >/dev/null || { echo "buf not found: go install github.com/bufbuild/buf/cmd/buf@v1.50.0"; return 1; }
           buf lint ;;
-    *) echo "ci_full: unknown part \"$1\": expected release, asan, tsan, clang, cuda, dm_control or lint"; return 2 ;;
+    *) echo "ci_full: unknown part \"$1\": expected release, asan, tsan, clang, cuda, dm_control, k8s, compose or lint"; return 2 ;;
   esac
 }
 
@@ -25,6 +29,12 @@ sudo_apt() {
   local sudo=()
   [ "$(id -u)" -eq 0 ] || sudo=(sudo)
   "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
+test_with_tsan() {
+  tools/setup.sh && ORRERY_PRESET=tsan tools/build.sh &&
+    LD_LIBRARY_PATH="$(tools/tsan_abseil.sh)" TSAN_OPTIONS="suppressions=$PWD/tools/tsan_suppressions.txt" \
+      ctest --test-dir build-tsan --output-on-failure
 }
 
 compare_with_dm_control() {
@@ -36,7 +46,7 @@ compare_with_dm_control() {
 }
 
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(release asan tsan clang cuda dm_control lint)
+[ ${#parts[@]} -gt 0 ] || parts=(release asan tsan clang cuda dm_control k8s compose lint)
 failed=()
 for part in "${parts[@]}"; do
   echo "ci_full: $part"

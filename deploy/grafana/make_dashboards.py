@@ -257,7 +257,7 @@ def replay():
         ("Batches for learners that do not mirror the data", [
             lines("Sequences", "cps", "Sequences sent by SampleSequences. Our own learner does not call it.",
                   query(rate("replay_sequences_sampled_total"), "{{run}}"), width=12),
-            durations("Time of a batch", "To draw and assemble a batch.", "replay_sample_seconds", width=12,
+            durations("Time of a batch", "To draw a batch and find its chunks.", "replay_sample_seconds", width=12,
                       may_be_empty=no_remote),
         ]),
         ("Redis (prometheus-redis-exporter)", [

@@ -1,14 +1,24 @@
 #include "libs/telemetry/service_main.h"
 
+#include <civetweb.h>
+#include <grpcpp/generic/generic_stub.h>
+
 #include <algorithm>
 #include <iostream>
 
+#include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
+#include "absl/time/clock.h"
 #include "libs/base/log.h"
 #include "libs/base/shutdown.h"
+#include "libs/base/status.h"
 
 namespace orrery {
 namespace {
+constexpr absl::Duration kHealthPatience = absl::Seconds(3);
+
 void AddAddress(CLI::App& app, const std::string& flag, int port, const std::string& what, std::string& value) {
   if (port == 0) return;
   value = absl::StrCat("127.0.0.1:", port);
@@ -19,6 +29,88 @@ void AddAddress(CLI::App& app, const std::string& flag, int port, const std::str
 void PrintError(const std::string& program, std::string message) {
   std::replace(message.begin(), message.end(), '\n', ' ');
   std::cerr << program << ": error: " << message << std::endl;
+}
+
+struct Endpoint {
+  std::string host;  // without brackets
+  int port = 0;
+  std::string text() const {
+    return absl::StrContains(host, ':') ? absl::StrCat("[", host, "]:", port) : absl::StrCat(host, ":", port);
+  }
+};
+
+// Where to reach, from the same machine, what listens on `listen`.
+absl::StatusOr<Endpoint> ReachableAt(const std::string& listen) {
+  const size_t colon = listen.rfind(':');
+  Endpoint endpoint;
+  if (!absl::SimpleAtoi(listen.substr(colon == std::string::npos ? 0 : colon + 1), &endpoint.port) || endpoint.port < 1 ||
+      endpoint.port > 65535) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--healthcheck cannot ask \"", listen, "\": expected HOST:PORT with a port of 1 to 65535"));
+  }
+  absl::string_view host = absl::string_view(listen).substr(0, colon == std::string::npos ? 0 : colon);
+  if (absl::ConsumePrefix(&host, "[")) absl::ConsumeSuffix(&host, "]");
+  const bool every_interface = host.empty() || host == "0.0.0.0" || host == "::";
+  endpoint.host = every_interface ? "127.0.0.1" : std::string(host);
+  return endpoint;
+}
+
+// grpc.health.v1.Health.Check and its messages (one string; one enum) by hand: no generated code is installed for them.
+absl::Status AskHealthService(const Endpoint& endpoint) {
+  grpc::ChannelArguments arguments;
+  arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
+  grpc::GenericStub stub(grpc::CreateCustomChannel(endpoint.text(), grpc::InsecureChannelCredentials(), arguments));
+  grpc::ClientContext context;
+  context.set_deadline(absl::ToChronoTime(absl::Now() + kHealthPatience));
+  const grpc::Slice question("\x0a\x09readiness");
+  const grpc::ByteBuffer request(&question, 1);
+  grpc::CompletionQueue queue;
+  const auto call = stub.PrepareUnaryCall(&context, "/grpc.health.v1.Health/Check", request, &queue);
+  grpc::ByteBuffer response;
+  grpc::Status status;
+  call->StartCall();
+  call->Finish(&response, &status, &queue);
+  void* tag;
+  bool ok;
+  queue.Next(&tag, &ok);  // at the deadline at the latest
+  if (!status.ok()) {
+    return absl::UnavailableError(
+        absl::StrCat("the health service at ", endpoint.text(), " does not answer: ", status.error_message()));
+  }
+  std::vector<grpc::Slice> parts;
+  std::string answer;
+  if (response.Dump(&parts).ok()) {
+    for (const grpc::Slice& part : parts) answer.append(reinterpret_cast<const char*>(part.begin()), part.size());
+  }
+  if (answer == "\x08\x01") return absl::OkStatus();  // status: SERVING
+  return absl::UnavailableError(absl::StrCat("not ready, says the health service at ", endpoint.text()));
+}
+
+absl::Status AskMetricsServer(const Endpoint& endpoint) {
+  static const unsigned library = mg_init_library(0);
+  (void)library;
+  char error[256] = "";
+  mg_connection* connection = mg_connect_client(endpoint.host.c_str(), endpoint.port, 0, error, sizeof(error));
+  if (connection == nullptr) return absl::UnavailableError(absl::StrCat("cannot reach ", endpoint.text(), ": ", error));
+  mg_printf(connection, "GET /readyz HTTP/1.0\r\n\r\n");
+  const int timeout_ms = static_cast<int>(absl::ToInt64Milliseconds(kHealthPatience));
+  const int code = mg_get_response(connection, error, sizeof(error), timeout_ms) < 0
+                       ? 0
+                       : mg_get_response_info(connection)->status_code;
+  mg_close_connection(connection);
+  if (code == 200) return absl::OkStatus();
+  if (code == 0) return absl::UnavailableError(absl::StrCat(endpoint.text(), " does not answer: ", error));
+  return absl::UnavailableError(absl::StrCat("not ready: ", endpoint.text(), "/readyz answers ", code, ", expected 200"));
+}
+
+int ReportReadiness(const std::string& program, const CommonFlags& flags) {
+  const absl::StatusOr<std::string> address = AskReadiness(flags);
+  if (!address.ok()) {
+    PrintError(program, std::string(address.status().message()));
+    return 1;
+  }
+  std::cout << program << ": ready at " << *address << std::endl;
+  return 0;
 }
 }  // namespace
 
@@ -32,6 +124,13 @@ void AddCommonFlags(CLI::App& app, const ServiceDefaults& defaults, CommonFlags&
       ->type_name("KEY=VALUE")
       ->allow_extra_args(false);
   app.add_option("--log_level", flags.log_level, "debug, info, warning, error or off")->capture_default_str();
+  // Runs before CLI11 looks for what is required.
+  const auto ask_only = [&app, &flags] {
+    flags.healthcheck = true;
+    for (CLI::Option* option : app.get_options()) option->required(false);
+  };
+  app.add_flag_callback("--healthcheck", ask_only,
+                        "Starts nothing: exits 0 when the service started with the same flags is ready, else 1");
 }
 
 int RunProgram(int argc, const char* const* argv, CLI::App& app, const std::string& program, const CommonFlags& flags,
@@ -46,6 +145,7 @@ int RunProgram(int argc, const char* const* argv, CLI::App& app, const std::stri
     PrintError(program, error.what());
     return 2;
   }
+  if (flags.healthcheck) return ReportReadiness(program, flags);
   if (absl::Status status = InitLogging(program, flags.log_level); !status.ok()) {
     PrintError(program, std::string(status.message()));
     return 2;
@@ -55,6 +155,21 @@ int RunProgram(int argc, const char* const* argv, CLI::App& app, const std::stri
     return 1;
   }
   return 0;
+}
+
+absl::StatusOr<std::string> AskReadiness(const CommonFlags& flags) {
+  for (const std::string& listen : {flags.health_listen, flags.listen}) {
+    if (listen.empty()) continue;
+    ASSIGN_OR_RETURN(const Endpoint endpoint, ReachableAt(listen));
+    RETURN_IF_ERROR(AskHealthService(endpoint));
+    return endpoint.text();
+  }
+  if (flags.metrics_listen.empty()) {
+    return absl::InvalidArgumentError("--healthcheck needs an address to ask: --health_listen, --listen or --metrics_listen");
+  }
+  ASSIGN_OR_RETURN(const Endpoint endpoint, ReachableAt(flags.metrics_listen));
+  RETURN_IF_ERROR(AskMetricsServer(endpoint));
+  return endpoint.text();
 }
 
 HostOptions MakeHostOptions(const ServiceDefaults& defaults, const CommonFlags& flags) {

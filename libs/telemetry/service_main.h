@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "libs/telemetry/service_host.h"
 
 namespace orrery {
@@ -39,16 +40,23 @@ struct CommonFlags {
   std::string config;          // --config; not required here: app.get_option("--config")->required()
   std::vector<std::string> set;    // --set, repeated
   std::string log_level = "info";  // --log_level
+  bool healthcheck = false;        // --healthcheck
 };
 
-// Declares the flags above with their defaults. `flags` must outlive `app`.
+// Declares the flags above with their defaults. `flags` must outlive `app`. --healthcheck makes every other flag optional.
 void AddCommonFlags(CLI::App& app, const ServiceDefaults& defaults, CommonFlags& flags);
 
 // Parses the command line and runs `body`. Exit code: 0 when `body` returns OK, and for --help and --version; 1 after
 // printing "PROGRAM: error: MESSAGE" when it does not; 2 for a wrong flag. SIGINT and SIGTERM are blocked first, so that
-// every thread started later leaves them to AwaitShutdown.
+// every thread started later leaves them to AwaitShutdown. With --healthcheck, AskReadiness runs in the place of `body`.
 int RunProgram(int argc, const char* const* argv, CLI::App& app, const std::string& program, const CommonFlags& flags,
                const std::function<absl::Status()>& body);
+
+// Whether the service that was started with the same flags is ready; asks at most 3 s. Asks gRPC's health service for
+// "readiness" at --health_listen, where that is empty at --listen; a service with neither is asked for /readyz at
+// --metrics_listen. An address of all interfaces is asked at 127.0.0.1. Returns the address that was asked. UNAVAILABLE: not
+// ready, or nothing like it answers. INVALID_ARGUMENT: no such address, or its port is 0.
+absl::StatusOr<std::string> AskReadiness(const CommonFlags& flags);
 
 // Name and addresses from the flags, and a fresh registry; the services are the caller's to add.
 HostOptions MakeHostOptions(const ServiceDefaults& defaults, const CommonFlags& flags);

@@ -1,6 +1,11 @@
+#include <arpa/inet.h>
 #include <civetweb.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <string>
+#include <vector>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
@@ -187,15 +192,18 @@ TEST(ServiceHost, NamesTheAddressThatIsTaken) {
   }
 }
 
-int RunWith(std::vector<const char*> arguments, const absl::Status& result, std::string* printed_error) {
+int RunWith(const std::vector<std::string>& arguments, const absl::Status& result, std::string* printed_error,
+            const ServiceDefaults& defaults = {"replay", 7101, 7201, 9101}, bool config_required = false) {
   CommonFlags flags;
   CLI::App app("Test.");
-  AddCommonFlags(app, {"replay", 7101, 7201, 9101}, flags);
-  arguments.insert(arguments.begin(), "orrery-replay");
+  AddCommonFlags(app, defaults, flags);
+  app.get_option("--config")->required(config_required);
+  std::vector<const char*> argv = {"orrery-replay"};
+  for (const std::string& argument : arguments) argv.push_back(argument.c_str());
   testing::internal::CaptureStderr();
   testing::internal::CaptureStdout();
-  const int code = RunProgram(static_cast<int>(arguments.size()), arguments.data(), app, "orrery-replay", flags,
-                              [&] { return result; });
+  const int code =
+      RunProgram(static_cast<int>(argv.size()), argv.data(), app, "orrery-replay", flags, [&] { return result; });
   *printed_error = testing::internal::GetCapturedStderr();
   *printed_error += testing::internal::GetCapturedStdout();
   return code;
@@ -214,6 +222,97 @@ TEST(RunProgram, ExitCodesAndMessages) {
   EXPECT_THAT(printed, HasSubstr("orrery-replay: error: "));
   EXPECT_EQ(RunWith({"--log_level=loud"}, absl::OkStatus(), &printed), 2);
   EXPECT_THAT(printed, HasSubstr("loud"));
+}
+
+// The exit code of --healthcheck with `arguments`; the service itself must not be started.
+int RunHealthCheck(std::vector<std::string> arguments, std::string* printed,
+                const ServiceDefaults& defaults = {"replay", 7101, 7201, 9101}) {
+  arguments.push_back("--healthcheck");
+  return RunWith(arguments, absl::InternalError("started"), printed, defaults, /*config_required=*/true);
+}
+
+TEST(HealthCheck, FollowsReadiness) {
+  EchoReplay service;
+  ASSERT_OK_AND_ASSIGN(auto host, ServiceHost::Start(LoopbackOptions(&service)));
+  const std::string address = absl::StrCat("127.0.0.1:", host->health_port());
+  for (const char* name : {"127.0.0.1:", "0.0.0.0:", "[::]:", "localhost:"}) {
+    const std::string listen = absl::StrCat(name, host->health_port());
+    std::string printed;
+    host->SetReady(false);
+    EXPECT_EQ(RunHealthCheck({"--health_listen=" + listen}, &printed), 1) << listen;
+    EXPECT_THAT(printed, HasSubstr("orrery-replay: error: not ready, says the health service at ")) << listen;
+    host->SetReady(true);
+    EXPECT_EQ(RunHealthCheck({"--health_listen=" + listen}, &printed), 0) << printed;
+    EXPECT_THAT(printed, HasSubstr(absl::StrCat(":", host->health_port(), "\n")));
+  }
+  std::string printed;
+  EXPECT_EQ(RunHealthCheck({"--health_listen=" + address, "--log_level=off"}, &printed), 0);
+  EXPECT_EQ(printed, absl::StrCat("orrery-replay: ready at ", address, "\n"));
+  host.reset();
+  EXPECT_EQ(RunHealthCheck({"--health_listen=" + address}, &printed), 1);
+  EXPECT_THAT(printed, HasSubstr(absl::StrCat("the health service at ", address, " does not answer")));
+  EXPECT_EQ(std::count(printed.begin(), printed.end(), '\n'), 1) << printed;
+}
+
+TEST(HealthCheck, AsksTheNextAddressWhereOneIsEmpty) {
+  EchoReplay service;
+  ASSERT_OK_AND_ASSIGN(auto host, ServiceHost::Start(LoopbackOptions(&service)));
+  host->SetReady(true);
+  std::string printed;
+  const std::string listen = absl::StrCat("--listen=127.0.0.1:", host->port());
+  EXPECT_EQ(RunHealthCheck({"--health_listen", "", listen}, &printed), 0) << printed;
+  EXPECT_THAT(printed, HasSubstr(absl::StrCat("ready at 127.0.0.1:", host->port())));
+  const std::string metrics = absl::StrCat("--metrics_listen=127.0.0.1:", host->metrics_port());
+  EXPECT_EQ(RunHealthCheck({"--health_listen", "", "--listen", "", metrics}, &printed), 0) << printed;
+  EXPECT_THAT(printed, HasSubstr(absl::StrCat("ready at 127.0.0.1:", host->metrics_port())));
+  EXPECT_EQ(RunHealthCheck({"--health_listen", "", "--listen", "", "--metrics_listen", ""}, &printed), 1);
+  EXPECT_THAT(printed, HasSubstr("needs an address"));
+}
+
+TEST(HealthCheck, AsksAServiceWithoutGrpcOverHttp) {
+  const ServiceDefaults actor{"actor", 0, 0, 9104};
+  EchoReplay service;
+  ASSERT_OK_AND_ASSIGN(auto host, ServiceHost::Start(LoopbackOptions(&service)));
+  const int port = host->metrics_port();
+  for (const std::string& listen : {absl::StrCat("127.0.0.1:", port), absl::StrCat("0.0.0.0:", port), absl::StrCat(port)}) {
+    std::string printed;
+    host->SetReady(false);
+    EXPECT_EQ(RunHealthCheck({"--metrics_listen=" + listen}, &printed, actor), 1) << listen;
+    EXPECT_THAT(printed, HasSubstr(absl::StrCat("not ready: 127.0.0.1:", port, "/readyz answers 503, expected 200\n")));
+    host->SetReady(true);
+    EXPECT_EQ(RunHealthCheck({"--metrics_listen=" + listen}, &printed, actor), 0) << printed;
+  }
+  host.reset();
+  std::string printed;
+  EXPECT_EQ(RunHealthCheck({absl::StrCat("--metrics_listen=127.0.0.1:", port)}, &printed, actor), 1);
+  EXPECT_THAT(printed, HasSubstr(absl::StrCat("127.0.0.1:", port)));
+}
+
+TEST(HealthCheck, RefusesAnAddressThatCannotBeAsked) {
+  for (const char* listen : {"127.0.0.1:0", "127.0.0.1:70000", "127.0.0.1:", "unix:/tmp/socket"}) {
+    std::string printed;
+    EXPECT_EQ(RunHealthCheck({absl::StrCat("--health_listen=", listen)}, &printed), 1) << listen;
+    EXPECT_THAT(printed, HasSubstr(absl::StrCat("cannot ask \"", listen, "\""))) << listen;
+  }
+}
+
+TEST(HealthCheck, GivesUpOnAServerThatNeverAnswers) {
+  // Accepts connections, as the kernel does for any listening socket, and says nothing.
+  const int silent = socket(AF_INET, SOCK_STREAM, 0);
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t size = sizeof(address);
+  ASSERT_EQ(bind(silent, reinterpret_cast<sockaddr*>(&address), size), 0);
+  ASSERT_EQ(listen(silent, 8), 0);
+  ASSERT_EQ(getsockname(silent, reinterpret_cast<sockaddr*>(&address), &size), 0);
+  const std::string where = absl::StrCat("127.0.0.1:", ntohs(address.sin_port));
+  std::string printed;
+  EXPECT_EQ(RunHealthCheck({"--health_listen=" + where}, &printed), 1);
+  EXPECT_THAT(printed, HasSubstr(where + " does not answer"));
+  EXPECT_EQ(RunHealthCheck({"--metrics_listen=" + where}, &printed, {"actor", 0, 0, 9104}), 1);
+  EXPECT_THAT(printed, HasSubstr(where + " does not answer"));
+  close(silent);
 }
 
 TEST(RunProgram, ReadsRepeatedSettings) {
