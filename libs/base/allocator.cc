@@ -1,4 +1,4 @@
-// Makes jemalloc the allocator of a program that computes with large tensors, and keeps the memory that it has freed.
+// Makes jemalloc the allocator of a program that makes and drops large arrays all the time, and keeps the memory that it has freed.
 //
 // An update allocates and frees the same large arrays again and again. The C library gives those back to the system each
 // time, and a fifth of an update at PlaNet's sizes went into the pages that came back (docs/benchmarks.md). One arena, because the

@@ -2,6 +2,8 @@
 
 #include <zstd.h>
 
+#include <algorithm>
+#include <cassert>
 #include <cstring>
 #include <iterator>
 #include <limits>
@@ -88,19 +90,44 @@ std::string Compress(const std::string& bytes, size_t row_bytes) {
   return packed;
 }
 
-// `size` was checked against the limit; exactly that many bytes come out.
-absl::StatusOr<std::string> Decompress(absl::string_view packed, size_t size, size_t row_bytes) {
-  if (ZSTD_getFrameContentSize(packed.data(), packed.size()) != size) return Damaged("size of a compressed field");
-  std::string bytes(size, '\0');
-  const size_t n = ZSTD_decompressDCtx(DecompressContext(), bytes.data(), size, packed.data(), packed.size());
-  if (ZSTD_isError(n) || n != size) return Damaged("compressed field");
-  auto* x = reinterpret_cast<uint8_t*>(bytes.data());
-  for (size_t row = row_bytes; row < size; row += row_bytes) {
-    uint8_t* const to = x + row;
-    const uint8_t* const from = to - row_bytes;
-    for (size_t i = 0; i < row_bytes; ++i) to[i] = static_cast<uint8_t>(to[i] + from[i]);
+// Uninitialised bytes for decoding. A thread keeps some for all its calls, as much as fits a processor's cache, for fresh
+// pages cost more than the decoding.
+class Scratch {
+ public:
+  explicit Scratch(size_t size) {
+    thread_local const std::unique_ptr<uint8_t[]> kept(new uint8_t[kKeptBytes]);
+    if (size > kKeptBytes) own_.reset(new uint8_t[size]);
+    bytes_ = own_ != nullptr ? own_.get() : kept.get();
   }
-  return bytes;
+  uint8_t* bytes() { return bytes_; }
+
+ private:
+  static constexpr size_t kKeptBytes = size_t{2} << 20;
+  std::unique_ptr<uint8_t[]> own_;
+  uint8_t* bytes_ = nullptr;
+};
+
+// `size` was checked against the limit; exactly that many bytes come out.
+absl::Status Decompress(absl::string_view packed, size_t size, uint8_t* to) {
+  const size_t n = ZSTD_decompressDCtx(DecompressContext(), to, size, packed.data(), packed.size());
+  if (ZSTD_isError(n) || n != size) return Damaged("compressed field");
+  return absl::OkStatus();
+}
+
+// Rows begin … begin + count - 1 from the differences of all rows before and of these. `to` is no part of `delta`.
+void AddUp(const uint8_t* delta, size_t row_bytes, int64_t begin, int64_t count, uint8_t* to) {
+  if (count == 0) return;
+  std::memcpy(to, delta, row_bytes);
+  for (int64_t row = 1; row <= begin; ++row) {
+    delta += row_bytes;
+    for (size_t i = 0; i < row_bytes; ++i) to[i] = static_cast<uint8_t>(to[i] + delta[i]);
+  }
+  for (int64_t row = 1; row < count; ++row) {
+    delta += row_bytes;
+    const uint8_t* const before = to;
+    to += row_bytes;
+    for (size_t i = 0; i < row_bytes; ++i) to[i] = static_cast<uint8_t>(before[i] + delta[i]);
+  }
 }
 
 absl::Status CheckField(const std::string& name, const Array& array, int64_t rows) {
@@ -132,8 +159,8 @@ void EncodeField(const std::string& name, const Array& array, std::string& out) 
   out += bytes;
 }
 
-// Takes one field from `in`; `budget` is what may still be allocated.
-absl::Status DecodeField(absl::string_view& in, int64_t rows, int64_t& budget, ArrayMap& fields) {
+// Takes one field from `in`, a part of `payload`; `budget` is what may still be claimed.
+absl::StatusOr<EncodedRows::Field> TakeField(absl::string_view payload, absl::string_view& in, int64_t rows, int64_t& budget) {
   uint8_t name_size = 0, dtype = 0, encoding = 0, rank = 0;
   absl::string_view name, data;
   if (!Take(in, name_size) || !Take(in, name_size, name) || !Take(in, dtype) || !Take(in, encoding) ||
@@ -142,29 +169,85 @@ absl::Status DecodeField(absl::string_view& in, int64_t rows, int64_t& budget, A
   }
   if (!KnownDType(dtype)) return Damaged(absl::StrCat("unknown dtype ", dtype));
   if (rank > kMaxRank) return Damaged(absl::StrCat("rank ", rank));
-  Array array{static_cast<DType>(dtype), {rows}, {}};
+  EncodedRows::Field field{.name = std::string(name), .dtype = static_cast<DType>(dtype)};
+  std::vector<int64_t> shape = {rows};
   for (int i = 0; i < rank; ++i) {
     uint32_t size = 0;
     if (!Take(in, size)) return Damaged("cut short");
-    array.shape.push_back(size);
+    shape.push_back(size);
   }
   uint64_t length = 0;
   if (!Take(in, length) || !Take(in, length, data)) return Damaged("cut short");
-  const absl::StatusOr<int64_t> count = ElementCount(array.shape);
+  const absl::StatusOr<int64_t> count = ElementCount(shape);
   if (!count.ok()) return Damaged(count.status().message());
-  const int64_t size = *count * static_cast<int64_t>(SizeOf(array.dtype));
+  const int64_t size = *count * static_cast<int64_t>(SizeOf(field.dtype));
   if (size > budget) return Damaged(absl::StrCat("claims ", size, " bytes where at most ", budget, " are expected"));
   budget -= size;
   if (encoding == kRaw) {
     if (length != static_cast<uint64_t>(size)) return Damaged("size of a raw field");
-    array.bytes = std::string(data);
-  } else if (encoding == kDeltaZstd && array.dtype == DType::kUInt8 && size > 0) {
-    ASSIGN_OR_RETURN(array.bytes, Decompress(data, size, size / rows));
+  } else if (encoding == kDeltaZstd && field.dtype == DType::kUInt8 && size > 0) {
+    if (ZSTD_getFrameContentSize(data.data(), data.size()) != static_cast<uint64_t>(size)) {
+      return Damaged("size of a compressed field");
+    }
+    field.compressed = true;
   } else {
     return Damaged(absl::StrCat("encoding ", encoding));
   }
-  if (!fields.emplace(std::string(name), std::move(array)).second) return Damaged("a field occurs twice");
+  field.row_shape.assign(shape.begin() + 1, shape.end());
+  field.row_bytes = size / rows;
+  field.offset = static_cast<size_t>(data.data() - payload.data());
+  field.length = data.size();
+  return field;
+}
+
+// The fields by name, after every check that needs no decompression.
+absl::StatusOr<std::vector<EncodedRows::Field>> TakeFields(absl::string_view payload, int64_t rows, int64_t max_bytes) {
+  if (payload.size() < kHeaderBytes + kChecksumBytes) return Damaged("cut short");
+  absl::string_view in = payload.substr(0, payload.size() - kChecksumBytes);
+  absl::string_view tail = payload.substr(in.size());
+  uint32_t checksum = 0;
+  Take(tail, checksum);
+  if (Checksum(in) != checksum) return Damaged("checksum");
+  absl::string_view magic;
+  uint16_t version = 0, count = 0;
+  uint32_t claimed_rows = 0;
+  if (!Take(in, kMagic.size(), magic) || magic != kMagic) return Damaged("not a chunk");
+  if (!Take(in, version) || version != kVersion) return Damaged(absl::StrCat("version ", version, ", expected ", kVersion));
+  if (!Take(in, count) || !Take(in, claimed_rows)) return Damaged("cut short");
+  if (claimed_rows != rows || rows < 1) return Damaged(absl::StrCat(claimed_rows, " rows, expected ", rows));
+  std::vector<EncodedRows::Field> fields;
+  for (int i = 0; i < count; ++i) {
+    ASSIGN_OR_RETURN(EncodedRows::Field field, TakeField(payload, in, rows, max_bytes));
+    fields.push_back(std::move(field));
+  }
+  if (!in.empty()) return Damaged("bytes left over");
+  std::sort(fields.begin(), fields.end(), [](const auto& a, const auto& b) { return a.name < b.name; });
+  const auto same = [](const auto& a, const auto& b) { return a.name == b.name; };
+  if (std::adjacent_find(fields.begin(), fields.end(), same) != fields.end()) return Damaged("a field occurs twice");
+  return fields;
+}
+
+// Of a chunk of `rows` rows.
+absl::Status ReadField(absl::string_view payload, const EncodedRows::Field& field, int64_t rows, int64_t begin, int64_t count,
+                       char* to) {
+  const absl::string_view data = payload.substr(field.offset, field.length);
+  const auto row_bytes = static_cast<size_t>(field.row_bytes);
+  if (!field.compressed) {
+    if (row_bytes > 0) std::memcpy(to, data.data() + begin * row_bytes, count * row_bytes);
+    return absl::OkStatus();
+  }
+  const size_t size = rows * row_bytes;
+  Scratch scratch(size);
+  RETURN_IF_ERROR(Decompress(data, size, scratch.bytes()));
+  AddUp(scratch.bytes(), row_bytes, begin, count, reinterpret_cast<uint8_t*>(to));
   return absl::OkStatus();
+}
+
+// An array's dtype and shape without its bytes.
+Array Outline(const EncodedRows::Field& field, int64_t rows) {
+  Array array{field.dtype, {rows}, {}};
+  array.shape.insert(array.shape.end(), field.row_shape.begin(), field.row_shape.end());
+  return array;
 }
 
 }  // namespace
@@ -187,23 +270,28 @@ absl::StatusOr<std::string> EncodeRows(const ArrayMap& fields) {
 }
 
 absl::StatusOr<ArrayMap> DecodeRows(absl::string_view payload, int64_t rows, int64_t max_bytes) {
-  if (payload.size() < kHeaderBytes + kChecksumBytes) return Damaged("cut short");
-  absl::string_view in = payload.substr(0, payload.size() - kChecksumBytes);
-  absl::string_view tail = payload.substr(in.size());
-  uint32_t checksum = 0;
-  Take(tail, checksum);
-  if (Checksum(in) != checksum) return Damaged("checksum");
-  absl::string_view magic;
-  uint16_t version = 0, count = 0;
-  uint32_t claimed_rows = 0;
-  if (!Take(in, kMagic.size(), magic) || magic != kMagic) return Damaged("not a chunk");
-  if (!Take(in, version) || version != kVersion) return Damaged(absl::StrCat("version ", version, ", expected ", kVersion));
-  if (!Take(in, count) || !Take(in, claimed_rows)) return Damaged("cut short");
-  if (claimed_rows != rows || rows < 1) return Damaged(absl::StrCat(claimed_rows, " rows, expected ", rows));
-  ArrayMap fields;
-  for (int i = 0; i < count; ++i) RETURN_IF_ERROR(DecodeField(in, rows, max_bytes, fields));
-  if (!in.empty()) return Damaged("bytes left over");
-  return fields;
+  ASSIGN_OR_RETURN(const std::vector<EncodedRows::Field> fields, TakeFields(payload, rows, max_bytes));
+  ArrayMap decoded;
+  for (const EncodedRows::Field& field : fields) {
+    Array array = Outline(field, rows);
+    array.bytes.resize(rows * field.row_bytes);
+    RETURN_IF_ERROR(ReadField(payload, field, rows, 0, rows, array.bytes.data()));
+    decoded.emplace_hint(decoded.end(), field.name, std::move(array));
+  }
+  return decoded;
+}
+
+EncodedRows::EncodedRows(std::string payload, int64_t rows, std::vector<Field> fields)
+    : payload_(std::move(payload)), rows_(rows), fields_(std::move(fields)) {}
+
+absl::StatusOr<EncodedRows> EncodedRows::Open(std::string payload, int64_t rows, int64_t max_bytes) {
+  ASSIGN_OR_RETURN(std::vector<Field> fields, TakeFields(payload, rows, max_bytes));
+  return EncodedRows(std::move(payload), rows, std::move(fields));
+}
+
+absl::Status EncodedRows::Read(size_t field, int64_t begin, int64_t count, char* to) const {
+  assert(field < fields_.size() && begin >= 0 && count >= 0 && begin <= rows_ - count);
+  return ReadField(payload_, fields_[field], rows_, begin, count, to);
 }
 
 absl::Status CheckRows(const ArrayMap& rows) {
@@ -226,6 +314,20 @@ absl::Status CheckRows(const ArrayMap& rows) {
                                                    expected.dimensions, " dimension(s)"));
   }
   if (rows.size() == std::size(kFields)) return absl::InvalidArgumentError("there is no observation beside the other fields");
+  return absl::OkStatus();
+}
+
+absl::Status CheckPayload(absl::string_view payload, int64_t rows, int64_t max_bytes) {
+  ASSIGN_OR_RETURN(const std::vector<EncodedRows::Field> fields, TakeFields(payload, rows, max_bytes));
+  ArrayMap outlines;
+  for (const EncodedRows::Field& field : fields) outlines.emplace(field.name, Outline(field, rows));
+  RETURN_IF_ERROR(CheckRows(outlines));
+  for (const EncodedRows::Field& field : fields) {
+    if (!field.compressed) continue;
+    const auto size = static_cast<size_t>(rows * field.row_bytes);
+    Scratch scratch(size);
+    RETURN_IF_ERROR(Decompress(payload.substr(field.offset, field.length), size, scratch.bytes()));
+  }
   return absl::OkStatus();
 }
 

@@ -2,7 +2,9 @@
 // row or more are differenced in time (modulo 256) and compressed with zstd; others are raw. A checksum covers everything.
 #pragma once
 
+#include <cstdint>
 #include <string>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
@@ -23,8 +25,44 @@ absl::StatusOr<std::string> EncodeRows(const ArrayMap& fields);
 // `max_bytes`: nothing is allocated beyond what was checked.
 absl::StatusOr<ArrayMap> DecodeRows(absl::string_view payload, int64_t rows, int64_t max_bytes = int64_t{1} << 30);
 
+// An encoded chunk whose layout, sizes and checksum were checked. Rows are decoded when they are read, each time anew: where
+// pictures compress this holds a few hundredths of what they decode to. Thread-safe: it never changes.
+class EncodedRows {
+ public:
+  struct Field {
+    std::string name;
+    DType dtype = DType::kFloat32;
+    std::vector<int64_t> row_shape;
+    int64_t row_bytes = 0;
+    // Where its bytes lie in the payload.
+    bool compressed = false;
+    size_t offset = 0;
+    size_t length = 0;
+  };
+
+  // As DecodeRows; damage inside a compressed field may show only when it is read.
+  static absl::StatusOr<EncodedRows> Open(std::string payload, int64_t rows, int64_t max_bytes = int64_t{1} << 30);
+
+  int64_t rows() const { return rows_; }
+  const std::string& payload() const { return payload_; }
+  // By name, ascending; no name twice.
+  const std::vector<Field>& fields() const { return fields_; }
+  // Copies rows begin … begin + count - 1, which must be there, of fields()[field] to `to`: count * row_bytes bytes.
+  // The whole of a compressed field is decoded meanwhile. DATA_LOSS: it is damaged.
+  absl::Status Read(size_t field, int64_t begin, int64_t count, char* to) const;
+
+ private:
+  EncodedRows(std::string payload, int64_t rows, std::vector<Field> fields);
+
+  std::string payload_;
+  int64_t rows_;
+  std::vector<Field> fields_;
+};
+
 // Whether decoded rows are what a learner can use: action, reward, is_first and is_terminal with the types above and at least
 // one modality. INVALID_ARGUMENT names the field.
 absl::Status CheckRows(const ArrayMap& rows);
+// DecodeRows and CheckRows of a payload without holding its rows: no more is allocated than the largest field decodes to.
+absl::Status CheckPayload(absl::string_view payload, int64_t rows, int64_t max_bytes);
 
 }  // namespace orrery

@@ -137,6 +137,55 @@ TEST(ChunkCodec, RefusesHugeClaimsWithoutAllocating) {
   EXPECT_OK(DecodeRows(bomb, 2, 2 << 20));
 }
 
+// What is checked before a chunk is stored is what decoding would find.
+TEST(ChunkCodec, ChecksAPayloadAsIfItWereDecoded) {
+  ASSERT_OK_AND_ASSIGN(const std::string payload, EncodeRows(Rows(4, 16)));
+  EXPECT_OK(CheckPayload(payload, 4, 1 << 20));
+  EXPECT_THAT(CheckPayload(payload, 4, 1000), StatusIs(absl::StatusCode::kDataLoss, HasSubstr("claims")));
+  ASSERT_OK_AND_ASSIGN(const std::string no_action, EncodeRows({{"image", Pictures(4, 16)}}));
+  EXPECT_THAT(CheckPayload(no_action, 4, 1 << 20), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("is missing")));
+  int refused = 0;
+  for (size_t i = 0; i + 4 < payload.size(); ++i) {
+    std::string damaged = payload;
+    damaged[i] = static_cast<char>(damaged[i] ^ 0x80);
+    damaged = Seal(damaged);
+    const absl::StatusOr<ArrayMap> rows = DecodeRows(damaged, 4, 1 << 20);
+    const absl::Status expected = rows.ok() ? CheckRows(*rows) : rows.status();
+    ASSERT_EQ(CheckPayload(damaged, 4, 1 << 20).ok(), expected.ok()) << "byte " << i << ": " << expected;
+    refused += !expected.ok();
+  }
+  EXPECT_GT(refused, 50);
+}
+
+TEST(ChunkCodec, OpensWithoutDecodingAndReadsRows) {
+  const ArrayMap fields = Rows(5, 32);
+  ASSERT_OK_AND_ASSIGN(const std::string payload, EncodeRows(fields));
+  ASSERT_OK_AND_ASSIGN(EncodedRows opened, EncodedRows::Open(payload, 5));
+  const EncodedRows rows = std::move(opened);  // it holds its payload
+  EXPECT_EQ(rows.payload(), payload);
+  ASSERT_EQ(rows.fields().size(), fields.size());
+  auto expected = fields.begin();
+  for (size_t i = 0; i < fields.size(); ++i, ++expected) {
+    const EncodedRows::Field& field = rows.fields()[i];
+    EXPECT_EQ(field.name, expected->first);
+    EXPECT_EQ(field.dtype, expected->second.dtype);
+    EXPECT_EQ(field.row_shape, std::vector<int64_t>(expected->second.shape.begin() + 1, expected->second.shape.end()));
+    std::string bytes(2 * field.row_bytes, '\0');
+    ASSERT_OK(rows.Read(i, 2, 2, bytes.data()));
+    EXPECT_EQ(bytes, expected->second.bytes.substr(2 * field.row_bytes, bytes.size()));
+  }
+  EXPECT_THAT(EncodedRows::Open(payload, 4), StatusIs(absl::StatusCode::kDataLoss, HasSubstr("5 rows, expected 4")));
+  EXPECT_THAT(EncodedRows::Open(payload.substr(1), 5), StatusIs(absl::StatusCode::kDataLoss, HasSubstr("checksum")));
+}
+
+// One field may be larger than what a thread keeps for decoding.
+TEST(ChunkCodec, GivesBackLargeFields) {
+  const ArrayMap fields = {{"image", Pictures(90, 128)}};
+  ASSERT_GT(fields.at("image").bytes.size(), 4u << 20);
+  ASSERT_OK_AND_ASSIGN(const std::string payload, EncodeRows(fields));
+  EXPECT_THAT(DecodeRows(payload, 90), IsOkAndHolds(fields));
+}
+
 TEST(ChunkCodec, RefusesAnotherNumberOfRowsOrVersion) {
   ASSERT_OK_AND_ASSIGN(std::string payload, EncodeRows(Rows(4, 16)));
   EXPECT_THAT(DecodeRows(payload, 5), StatusIs(absl::StatusCode::kDataLoss, HasSubstr("4 rows, expected 5")));

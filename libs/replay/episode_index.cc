@@ -50,9 +50,11 @@ class FenwickTree {
   int64_t total_ = 0;
 };
 
+// What the index needs of a chunk: there may be millions.
 struct LiveChunk {
-  ChunkInfo info;
   int64_t arrival = 0;
+  int64_t payload_bytes = 0;
+  int32_t rows = 0;
   bool sampled = false;  // part of a run
 };
 
@@ -147,8 +149,9 @@ struct EpisodeIndex::Impl {
     for (; row < end; ++chunk) {
       if (!chunk->second.sampled) continue;
       const int64_t first = chunk->first;
-      const int64_t stop = std::min(end, first + chunk->second.info.rows);
-      sequence.slices.push_back({chunk->second.info.key, static_cast<int32_t>(row - first), static_cast<int32_t>(stop - row)});
+      const int64_t stop = std::min(end, first + chunk->second.rows);
+      sequence.slices.push_back(
+          {{episode_id, first}, static_cast<int32_t>(row - first), static_cast<int32_t>(stop - row)});
       row = stop;
     }
     return sequence;
@@ -184,7 +187,7 @@ void EpisodeIndex::Append(const ChunkInfo& info) {
   if (episode.task == nullptr) episode.task = &impl_->tasks[info.task];
   const auto [chunk, is_new] = episode.chunks.try_emplace(info.key.first_row);
   if (!is_new) return;
-  chunk->second = {info, impl_->next_arrival++, false};
+  chunk->second = {impl_->next_arrival++, info.payload_bytes, info.rows, false};
   impl_->arrivals.emplace(chunk->second.arrival, info.key);
   IndexTotals& totals = impl_->totals;
   totals.rows += info.rows;
@@ -202,10 +205,10 @@ void EpisodeIndex::Evict(const ChunkKey& key) {
   const auto chunk = episode->second.chunks.find(key.first_row);
   if (chunk == episode->second.chunks.end()) return;
   const LiveChunk& live = chunk->second;
-  if (live.sampled) impl_->RemoveRows(key.episode_id, episode->second, key.first_row, key.first_row + live.info.rows);
+  if (live.sampled) impl_->RemoveRows(key.episode_id, episode->second, key.first_row, key.first_row + live.rows);
   IndexTotals& totals = impl_->totals;
-  totals.rows -= live.info.rows;
-  totals.bytes -= live.info.payload_bytes;
+  totals.rows -= live.rows;
+  totals.bytes -= live.payload_bytes;
   totals.chunks -= 1;
   impl_->arrivals.erase(live.arrival);
   episode->second.chunks.erase(chunk);
@@ -241,11 +244,11 @@ std::vector<StartRange> EpisodeIndex::NewestStarts(int64_t rows) const {
     const Episode& episode = impl_->episodes.at(it->second.episode_id);
     const auto& [first, chunk] = *episode.chunks.find(it->second.first_row);
     if (!chunk.sampled) continue;
-    rows -= chunk.info.rows;
+    rows -= chunk.rows;
     const auto run = std::prev(episode.runs.upper_bound(first));
     // Sequences that end at rows [first, first + rows) of the chunk and begin inside the run.
     const int64_t lowest = std::max(run->first, first - impl_->sequence_length + 1);
-    const int64_t starts = first + chunk.info.rows - impl_->sequence_length + 1 - lowest;
+    const int64_t starts = first + chunk.rows - impl_->sequence_length + 1 - lowest;
     if (starts > 0) ranges.push_back({it->second.episode_id, lowest, starts});
   }
   return ranges;
@@ -267,9 +270,9 @@ std::vector<ChunkKey> EpisodeIndex::OldestBeyond(int64_t max_rows, int64_t max_b
   std::vector<ChunkKey> keys;
   int64_t rows = impl_->totals.rows, bytes = impl_->totals.bytes;
   for (auto it = impl_->arrivals.begin(); it != impl_->arrivals.end() && (rows > max_rows || bytes > max_bytes); ++it) {
-    const ChunkInfo& info = impl_->episodes.at(it->second.episode_id).chunks.at(it->second.first_row).info;
-    rows -= info.rows;
-    bytes -= info.payload_bytes;
+    const LiveChunk& chunk = impl_->episodes.at(it->second.episode_id).chunks.at(it->second.first_row);
+    rows -= chunk.rows;
+    bytes -= chunk.payload_bytes;
     keys.push_back(it->second);
   }
   return keys;

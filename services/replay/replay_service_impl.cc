@@ -25,6 +25,7 @@
 #include "services/replay/bell.h"
 #include "services/replay/data_set.h"
 #include "services/replay/metered_store.h"
+#include "services/replay/sample_parts.h"
 #include "services/replay/sequence_reader.h"
 
 namespace orrery {
@@ -40,7 +41,6 @@ constexpr absl::Duration kAppendPatience = absl::Seconds(5);
 constexpr absl::Duration kFirstRetry = absl::Milliseconds(20), kLastRetry = absl::Milliseconds(500);
 constexpr int kChangesPerRead = 256;
 constexpr int64_t kBytesPerRead = int64_t{8} << 20;
-constexpr int64_t kPartBytes = int64_t{2} << 20;
 constexpr int64_t kMaxDecodedBytes = int64_t{256} << 20;
 constexpr int kMaxBatch = 4096;
 constexpr int kMaxPage = 1000, kDefaultPage = 100;
@@ -48,12 +48,6 @@ constexpr int kMaxUpdatesWanted = 1'000'000;
 constexpr int kMaxAliveEpisodes = 65'536;
 // Small value in the store: a serialized SnapshotVersion, so that totals do not cost reading a snapshot.
 constexpr char kSnapshotVersionName[] = "snapshot_version";
-
-static_assert(static_cast<int>(DType::kUInt8) == common::v1::UINT8);
-static_assert(static_cast<int>(DType::kInt32) == common::v1::INT32);
-static_assert(static_cast<int>(DType::kInt64) == common::v1::INT64);
-static_assert(static_cast<int>(DType::kFloat32) == common::v1::FLOAT32);
-static_assert(static_cast<int>(DType::kFloat64) == common::v1::FLOAT64);
 
 template <typename... Words>
 absl::Status Invalid(const Words&... words) {
@@ -70,13 +64,6 @@ absl::Status CheckId(absl::string_view field, const std::string& id) {
   return Invalid(field, " has ", id.size(), " characters: expected 1 to 128");
 }
 
-// A damaged chunk, or one that a learner could not use, never enters the store.
-absl::Status CheckPayload(const Chunk& chunk) {
-  const absl::StatusOr<ArrayMap> rows = DecodeRows(chunk.payload, chunk.info.rows, kMaxDecodedBytes);
-  if (!rows.ok()) return Invalid("chunk.payload: ", rows.status().message());
-  return Annotate(CheckRows(*rows), "chunk.payload");
-}
-
 absl::StatusOr<std::unique_ptr<Sampler>> SamplerOf(const replay::v1::Sampler& proto) {
   switch (proto.rule_case()) {
     case replay::v1::Sampler::kRecency:
@@ -87,33 +74,6 @@ absl::StatusOr<std::unique_ptr<Sampler>> SamplerOf(const replay::v1::Sampler& pr
       break;
   }
   return MakeUniformSampler();
-}
-
-using SamplePart = replay::v1::SampleSequencesResponse;
-
-// The messages that carry a batch [sequences, L, …]: some sequences of one field each.
-std::vector<SamplePart> Split(int64_t number, ArrayMap batch) {
-  std::vector<SamplePart> parts;
-  for (auto& [name, array] : batch) {
-    const std::string bytes = std::move(array.bytes);
-    const int64_t sequences = array.shape[0];
-    const int64_t sequence_bytes = static_cast<int64_t>(bytes.size()) / sequences;
-    const int64_t per_part = std::clamp<int64_t>(kPartBytes / std::max<int64_t>(sequence_bytes, 1), 1, sequences);
-    for (int64_t first = 0; first < sequences; first += per_part) {
-      const int64_t count = std::min(per_part, sequences - first);
-      SamplePart& part = parts.emplace_back();
-      part.set_batch(number);
-      part.set_first_sequence(static_cast<int32_t>(first));
-      part.mutable_field()->set_name(name);
-      common::v1::Tensor& tensor = *part.mutable_field()->mutable_tensor();
-      tensor.set_data_type(static_cast<common::v1::DataType>(array.dtype));
-      tensor.add_shape(count);
-      for (size_t i = 1; i < array.shape.size(); ++i) tensor.add_shape(array.shape[i]);
-      tensor.set_data(bytes.substr(first * sequence_bytes, count * sequence_bytes));
-    }
-  }
-  parts.back().set_last_part(true);
-  return parts;
 }
 
 // Where no sequence can ever be whole, everybody would wait for ever.
@@ -142,7 +102,8 @@ struct Metrics {
         sequences(AddCounter(r, "replay_sequences_sampled_total", "Sequences sent by SampleSequences.")),
         append_seconds(AddHistogram(r, "replay_append_seconds", "From a chunk's arrival to its acknowledgement.",
                                     SecondsBuckets())),
-        sample_seconds(AddHistogram(r, "replay_sample_seconds", "Time to draw and assemble one batch.", SecondsBuckets())),
+        sample_seconds(AddHistogram(r, "replay_sample_seconds", "Time to draw one batch and find its chunks.",
+                                    SecondsBuckets())),
         blocked_actor(Blocked(r, "actor")),
         blocked_learner(Blocked(r, "learner")),
         append_full(AppendBlocked(r, "full")),
@@ -295,8 +256,8 @@ class ReplayServerImpl : public ReplayServer, public replay::v1::ReplayService::
                           WatchStream& stream);
   absl::Status DoSampleSequences(const ServerContext& context, const replay::v1::SampleSequencesRequest& request,
                                  SampleStream& stream);
-  absl::StatusOr<ArrayMap> DrawBatch(const ServerContext& context, const replay::v1::SampleSequencesRequest& request,
-                                     const Sampler& sampler, std::mt19937_64& random);
+  absl::StatusOr<SequenceBatch> DrawBatch(const ServerContext& context, const replay::v1::SampleSequencesRequest& request,
+                                          const Sampler& sampler, std::mt19937_64& random);
   absl::Status DoListEpisodes(const ServerContext& context, const replay::v1::ListEpisodesRequest& request,
                               replay::v1::ListEpisodesResponse& response);
   absl::Status DoGetEpisode(const ServerContext& context, const replay::v1::GetEpisodeRequest& request,
@@ -385,7 +346,9 @@ absl::Status ReplayServerImpl::AppendOne(const ServerContext& context, replay::v
   const absl::Time start = absl::Now();
   ASSIGN_OR_RETURN(const Chunk chunk, FromProto(std::move(*request.mutable_chunk())));
   RETURN_IF_ERROR(CheckBelongs(chunk));
-  RETURN_IF_ERROR(CheckPayload(chunk));
+  // A damaged chunk, or one that a learner could not use, never enters the store.
+  const absl::Status usable = CheckPayload(chunk.payload, chunk.info.rows, kMaxDecodedBytes);
+  if (!usable.ok()) return Invalid("chunk.payload: ", usable.message());
   const bool repeated = data_set_.Contains(chunk.info.key);
   RETURN_IF_ERROR(StoreChunk(context, chunk));
   RETURN_IF_ERROR(coordinator_.RecordChunk(chunk.info));
@@ -513,36 +476,32 @@ absl::Status ReplayServerImpl::DoSampleSequences(const ServerContext& context,
   RETURN_IF_ERROR(AwaitCaughtUp(context));
   std::mt19937_64 random(request.seed());
   if (request.seed() == 0) random.seed((uint64_t{std::random_device()()} << 32) | std::random_device()());
-  const auto draw = [&](int64_t number) {
-    return std::async(std::launch::async, [&, number]() -> absl::StatusOr<std::vector<SamplePart>> {
-      ASSIGN_OR_RETURN(ArrayMap batch, DrawBatch(context, request, *sampler, random));
-      return Split(number, std::move(batch));
-    });
+  const auto draw = [&] {
+    return std::async(std::launch::async, [&] { return DrawBatch(context, request, *sampler, random); });
   };
-  std::future<absl::StatusOr<std::vector<SamplePart>>> next = draw(0);  // waits for its thread when it goes out of scope
+  const SendPart send = [&](const replay::v1::SampleSequencesResponse& part) { return stream.Write(part); };
+  std::future<absl::StatusOr<SequenceBatch>> next = draw();  // waits for its thread when it goes out of scope
   for (int64_t number = 0;; ++number) {
-    ASSIGN_OR_RETURN(const std::vector<SamplePart> parts, next.get());
+    ASSIGN_OR_RETURN(const SequenceBatch batch, next.get());
     const bool last = number + 1 == request.batches();
-    if (!last) next = draw(number + 1);  // while this one is being sent
-    for (const SamplePart& part : parts) {
-      if (!stream.Write(part)) return absl::CancelledError("the caller is gone");
-    }
+    if (!last) next = draw();  // while this one is being sent
+    RETURN_IF_ERROR(request.as_chunks() ? SendSampledChunks(batch, number, send) : SendSampledFields(batch, number, send));
     metrics_.sequences.Increment(request.batch_size());
     if (last) return absl::OkStatus();
     if (data_set_.changes().stopped()) return absl::UnavailableError("replay is shutting down");
   }
 }
 
-absl::StatusOr<ArrayMap> ReplayServerImpl::DrawBatch(const ServerContext& context,
-                                                     const replay::v1::SampleSequencesRequest& request,
-                                                     const Sampler& sampler, std::mt19937_64& random) {
+absl::StatusOr<SequenceBatch> ReplayServerImpl::DrawBatch(const ServerContext& context,
+                                                          const replay::v1::SampleSequencesRequest& request,
+                                                          const Sampler& sampler, std::mt19937_64& random) {
   while (true) {
     const int64_t seen = data_set_.changes().rings();
     const absl::Time start = absl::Now();
     const std::vector<Sequence> sequences =
         data_set_.Sample(sampler, request.sequence_length(), request.batch_size(), random);
     if (!sequences.empty()) {
-      absl::StatusOr<ArrayMap> batch = reader_.Read(sequences);
+      absl::StatusOr<SequenceBatch> batch = reader_.Open(sequences);
       metrics_.sample_seconds.Observe(absl::ToDoubleSeconds(absl::Now() - start));
       if (!absl::IsNotFound(batch.status())) return batch;
     }

@@ -1,4 +1,4 @@
-// Assembles batches of sequences from stored chunks.
+// Finds the stored chunks that sequences are cut from.
 #pragma once
 
 #include <list>
@@ -9,37 +9,40 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
-#include "libs/base/array.h"
+#include "absl/types/span.h"
 #include "libs/replay/episode_index.h"
+#include "libs/replay/sequence_batch.h"
 #include "libs/replay/store.h"
 
 namespace orrery {
 
-// Decodes chunks and keeps the most recently used ones, bounded in bytes. Thread-safe.
+// Reads chunks and keeps the most recently used ones as they are stored, encoded: many times more rows than decoded, and no
+// request to the store for them. Bounded in bytes. Thread-safe.
 class SequenceReader {
  public:
   // `store` must outlive this.
   explicit SequenceReader(Store* store, int64_t cache_bytes = int64_t{256} << 20)
       : store_(store), cache_bytes_(cache_bytes) {}
 
-  // Every field as [sequences, L, …], in the order given. NOT_FOUND: a chunk was evicted meanwhile; draw again.
-  // INVALID_ARGUMENT: the batch would be above kMaxBatchBytes. DATA_LOSS: a chunk is damaged or of other fields.
-  absl::StatusOr<ArrayMap> Read(const std::vector<Sequence>& sequences);
+  // The sequences in the order given. NOT_FOUND: a chunk was evicted meanwhile; draw again. INVALID_ARGUMENT: the batch, or
+  // the payloads of its chunks, would be above SequenceBatch::kMaxBytes. DATA_LOSS: a chunk is damaged or of other fields.
+  absl::StatusOr<SequenceBatch> Open(const std::vector<Sequence>& sequences);
 
-  static constexpr int64_t kMaxBatchBytes = int64_t{1} << 30;
+  // What the cache counts for a chunk beside its payload.
+  static constexpr int64_t kChunkOverheadBytes = 1024;
 
  private:
-  using Rows = std::shared_ptr<const ArrayMap>;
+  using Rows = std::shared_ptr<const EncodedRows>;
   struct Cached {
     ChunkKey key;
     Rows rows;
     int64_t bytes = 0;
   };
 
-  // Decodes what is not cached, a limited number of bytes at a time.
-  absl::Status Prefetch(const std::vector<Sequence>& sequences);
-  absl::StatusOr<std::vector<Rows>> Load(absl::Span<const ChunkKey> keys);
-  absl::StatusOr<Rows> Get(const ChunkKey& key);
+  // Sets the rows of every chunk, in the order given: cached ones, and the others from the store, some at a time.
+  absl::Status Fill(std::vector<SequenceBatch::Source>& chunks);
+  // Those of the chunks with these numbers from the store.
+  absl::Status Load(absl::Span<const size_t> numbers, std::vector<SequenceBatch::Source>& chunks);
   Rows Find(const ChunkKey& key);
   void Insert(const ChunkKey& key, Rows rows);
 

@@ -165,7 +165,9 @@ def write_frames(orrery, folder):
 
 
 def reverb(args):
-    """Rows and batches per second; ours both mirrored by the learner and sampled on the server."""
+    """Rows and batches per second; ours mirrored by the learner, and sampled on the server as chunks and as decoded rows."""
+    pairs = {"append": "append", "append_encoded": "append", "sample_mirrored": "sample", "sample_remote": "sample",
+             "sample_remote_decoded": "sample"}
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
         frames = write_frames(args.orrery, folder)
@@ -180,7 +182,7 @@ def reverb(args):
                        f"--metrics_listen=127.0.0.1:{free_port()}", "--log_level=warning"]
             with serving(command, port):
                 results = lines([args.orrery, "bench", "replay", "--json", f"--replay=127.0.0.1:{port}",
-                                 f"--config={config}", *sizes])
+                                 f"--config={config}", f"--only={','.join(pairs)}", *sizes])
             if args.store != "memory:":
                 lines([args.orrery, "replay", "delete", f"--store={args.store}", f"--run={REPLAY_RUN}", "--yes"])
             return results
@@ -196,7 +198,6 @@ def reverb(args):
             return result["what"], result.get("rows_per_second") or result.get("batches_per_second")
 
         measured = medians(args.rounds, {"reverb": theirs, "orrery": ours}, figure)
-    pairs = {"append": "append", "append_encoded": "append", "sample_mirrored": "sample", "sample_remote": "sample"}
     for what, peer in pairs.items():
         ours, theirs = measured[("orrery", what)], measured[("reverb", peer)]
         unit = "rows_per_second" if peer == "append" else "batches_per_second"

@@ -22,6 +22,7 @@
 #include "libs/base/status.h"
 #include "libs/client/channel.h"
 #include "libs/client/replay_client.h"
+#include "libs/client/sequence_stream.h"
 #include "libs/client/status.h"
 #include "libs/learning/mirror.h"
 #include "libs/replay/chunk_codec.h"
@@ -45,7 +46,17 @@ struct Flags : BenchFlags {
   int append_rows = 20000;
   int batches = 20;
   std::vector<int64_t> rows;
+  std::vector<std::string> only;
+  int decode_threads = 2;
 };
+
+// What is measured against a service.
+constexpr char kAppend[] = "append";
+constexpr char kAppendEncoded[] = "append_encoded";
+constexpr char kSampleMirrored[] = "sample_mirrored";
+constexpr char kPreprocess[] = "preprocess";
+constexpr char kSampleRemote[] = "sample_remote";
+constexpr char kSampleRemoteDecoded[] = "sample_remote_decoded";
 
 constexpr char kExperiment[] = R"(
   name: "bench"
@@ -145,10 +156,10 @@ class Appender {
   int64_t appended_ = 0;
 };
 
-// Batches of SampleSequences, put together as a learner takes them: [B, L, …] by field.
-class RemoteBatches {
+// Batches of SampleSequences that the server has decoded, put together as a learner takes them: [B, L, …] by field.
+class DecodedBatches {
  public:
-  RemoteBatches(const std::shared_ptr<grpc::Channel>& channel, const config::v1::Experiment& experiment)
+  DecodedBatches(const std::shared_ptr<grpc::Channel>& channel, const config::v1::Experiment& experiment)
       : sequences_(experiment.learning().batch_size()), stub_(replay::v1::ReplayService::NewStub(channel)) {
     replay::v1::SampleSequencesRequest request;
     request.set_run(experiment.name());
@@ -157,7 +168,7 @@ class RemoteBatches {
     request.set_seed(1);
     stream_ = stub_->SampleSequences(&context_, request);
   }
-  ~RemoteBatches() {
+  ~DecodedBatches() {
     if (stream_ == nullptr) return;
     context_.TryCancel();
     stream_->Finish();
@@ -208,17 +219,24 @@ class ServiceBench {
   absl::Status Run() {
     ASSIGN_OR_RETURN(const RecordedRows recorded, RecordRows(experiment_));
     Appender appender(channel_, experiment_.name(), recorded);
-    RETURN_IF_ERROR(BenchAppend(appender, "append", /*encode=*/true));
-    RETURN_IF_ERROR(BenchAppend(appender, "append_encoded", /*encode=*/false));
+    if (!Wanted(kAppend) && !Wanted(kAppendEncoded)) RETURN_IF_ERROR(appender.Append(flags_.append_rows, /*encode=*/false));
+    if (Wanted(kAppend)) RETURN_IF_ERROR(BenchAppend(appender, kAppend, /*encode=*/true));
+    if (Wanted(kAppendEncoded)) RETURN_IF_ERROR(BenchAppend(appender, kAppendEncoded, /*encode=*/false));
     ReplayClient client(channel_, experiment_.name());
     ASSIGN_OR_RETURN(const replay::v1::GetStatsResponse stats, client.GetStats(Deadline()));
     rows_ = stats.rows();
-    RETURN_IF_ERROR(BenchMirrored());
-    RemoteBatches remote(channel_, experiment_);
-    return BenchBatches("sample_remote", [&] { return remote.Next(); });
+    if (Wanted(kSampleMirrored) || Wanted(kPreprocess)) RETURN_IF_ERROR(BenchMirrored());
+    if (Wanted(kSampleRemote)) RETURN_IF_ERROR(BenchRemote());
+    if (!Wanted(kSampleRemoteDecoded)) return absl::OkStatus();
+    DecodedBatches decoded(channel_, experiment_);
+    return BenchBatches(kSampleRemoteDecoded, [&] { return decoded.Next(); });
   }
 
  private:
+  bool Wanted(const std::string& what) const {
+    return flags_.only.empty() || std::find(flags_.only.begin(), flags_.only.end(), what) != flags_.only.end();
+  }
+
   void Print(nlohmann::ordered_json result) const {
     result["server"] = flags_.replay.empty() ? "this process" : flags_.replay;
     if (flags_.replay.empty()) {
@@ -251,6 +269,19 @@ class ServiceBench {
     return absl::OkStatus();
   }
 
+  // As a learner without a mirror: the chunks are decoded here.
+  absl::Status BenchRemote() {
+    SequenceStream::Options options;
+    options.run = experiment_.name();
+    options.batch_size = experiment_.learning().batch_size();
+    options.sequence_length = experiment_.learning().sequence_length();
+    options.seed = 1;
+    options.threads = flags_.decode_threads;
+    const std::unique_ptr<SequenceStream> stream = SequenceStream::Create(channel_, options);
+    ArrayMap batch;
+    return BenchBatches(kSampleRemote, [&] { return stream->Next(batch, Deadline()); });
+  }
+
   // Gathering and preprocessing, each alone.
   absl::Status BenchMirrored() {
     Mirror::Options options;
@@ -262,12 +293,15 @@ class ServiceBench {
     mirror->Follow(ChunkWatcher::Create(channel_, experiment_.name()));
     RETURN_IF_ERROR(mirror->WaitForRows(rows_, absl::Seconds(5), Deadline()));
     MirroredSource source(mirror.get(), experiment_.learning().batch_size(), /*seed=*/1);
-    RETURN_IF_ERROR(BenchBatches("sample_mirrored", [&] { return source.Next(Deadline()).status(); }));
+    if (Wanted(kSampleMirrored)) {
+      RETURN_IF_ERROR(BenchBatches(kSampleMirrored, [&] { return source.Next(Deadline()).status(); }));
+    }
+    if (!Wanted(kPreprocess)) return absl::OkStatus();
 
     ASSIGN_OR_RETURN(const std::shared_ptr<WorldModel> model, WorldModel::Create(experiment_.model(), /*seed=*/0));
     ASSIGN_OR_RETURN(const StoredBatch batch, source.Next(Deadline()));
     torch::NoGradGuard no_grad;
-    return BenchBatches("preprocess", [&] {
+    return BenchBatches(kPreprocess, [&] {
       return CatchExceptions("preprocessing", [&] {
         model->Preprocess(batch.observations, at::globalContext().defaultGenerator(torch::kCPU));
         return absl::OkStatus();
@@ -364,7 +398,7 @@ absl::Status BenchScaling(const Flags& flags, int64_t rows) {
                                    {"length", kScalingLength},
                                    {"row_bytes", mirror->row_bytes()},
                                    {"batches_per_second", flags.batches / seconds},
-                                   {"index_draws_per_second", draws / index_seconds},
+                                   {"draw_batch_micros", 1e6 * index_seconds / flags.batches},
                                    {"index_bytes_per_row", nullptr}};
   if (before.has_value() && after.has_value()) {
     result["index_bytes_per_row"] = static_cast<double>(*after - *before) / static_cast<double>(held);
@@ -423,6 +457,12 @@ void AddReplayBench(CLI::App& bench, Command& command) {
       ->capture_default_str();
   part->add_option("--batches", flags->batches, "Batches of one measured call")
       ->check(CLI::Range(1, 1000000))
+      ->capture_default_str();
+  part->add_option("--only", flags->only, "What of a service is measured, separated by commas (default: everything)")
+      ->delimiter(',')
+      ->check(CLI::IsMember({kAppend, kAppendEncoded, kSampleMirrored, kPreprocess, kSampleRemote, kSampleRemoteDecoded}));
+  part->add_option("--decode_threads", flags->decode_threads, "Threads that decode what sample_remote receives")
+      ->check(CLI::Range(1, 64))
       ->capture_default_str();
   part->add_option("--rows", flags->rows,
                    "Only: what sampling costs in data sets of so many small synthetic rows; several, separated by commas")

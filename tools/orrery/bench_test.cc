@@ -200,7 +200,8 @@ TEST(BenchReplay, MeasuresAServiceOfItsOwnAndLeavesNothingBehind) {
                                              " --set environment.task=point_pixels --set environment.image_size=32",
                                              " --set learning.batch_size=3 --set learning.sequence_length=5"));
   ASSERT_EQ(outcome.code, 0) << outcome.output;
-  ASSERT_THAT(Whats(outcome), ElementsAre("append", "append_encoded", "sample_mirrored", "preprocess", "sample_remote"));
+  ASSERT_THAT(Whats(outcome), ElementsAre("append", "append_encoded", "sample_mirrored", "preprocess",
+                                           "sample_remote", "sample_remote_decoded"));
   for (const Json& object : outcome.objects) {
     EXPECT_EQ(object["server"], "this process");
     EXPECT_EQ(object["store"], "file");
@@ -223,8 +224,18 @@ TEST(BenchReplay, MeasuresARunningService) {
   ReplayService service;
   const Results outcome = Bench(absl::StrCat("replay", service.flags(), kTiny));
   ASSERT_EQ(outcome.code, 0) << outcome.output;
-  EXPECT_THAT(Whats(outcome), ElementsAre("append", "append_encoded", "sample_mirrored", "preprocess", "sample_remote"));
+  EXPECT_THAT(Whats(outcome), ElementsAre("append", "append_encoded", "sample_mirrored", "preprocess",
+                                           "sample_remote", "sample_remote_decoded"));
   EXPECT_EQ(service.rows(), 4 * 500);
+}
+
+TEST(BenchReplay, MeasuresOnlyWhatIsAskedFor) {
+  ReplayService service;
+  const Results outcome = Bench(absl::StrCat("replay --only=sample_remote --decode_threads=3", service.flags(), kTiny));
+  ASSERT_EQ(outcome.code, 0) << outcome.output;
+  EXPECT_THAT(Whats(outcome), ElementsAre("sample_remote"));
+  EXPECT_EQ(service.rows(), 500) << "only what there must be to sample from";
+  EXPECT_THAT(Bench(absl::StrCat("replay --only=nothing", service.flags(), kTiny)).output, HasSubstr("nothing"));
 }
 
 TEST(BenchReplay, ShowsWhatSamplingCostsBySizeOfTheDataSet) {
@@ -235,7 +246,7 @@ TEST(BenchReplay, ShowsWhatSamplingCostsBySizeOfTheDataSet) {
   EXPECT_EQ(outcome.objects[1]["rows"], 20000);
   for (const Json& object : outcome.objects) {
     ExpectMeasured(object, "batches_per_second");
-    ExpectMeasured(object, "index_draws_per_second");
+    ExpectMeasured(object, "draw_batch_micros");
     // state [4] and action [1] as float32, a reward, two flags.
     EXPECT_EQ(object["row_bytes"], 16 + 4 + 4 + 1 + 1);
     if (object["index_bytes_per_row"].is_null()) continue;  // a sanitizer's allocator does not count
