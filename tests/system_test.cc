@@ -314,7 +314,7 @@ TEST_F(SystemTest, ManyActorsShareOnePlanner) {
               static_cast<double>(Stats().rows_appended() - begin.rows_appended()) / absl::ToDoubleSeconds(absl::Now() - since),
               slots / batches);
   EXPECT_GT(slots / batches, actors / 4.0) << "the planner does not batch";
-  EXPECT_EQ(MetricValue(planner, "orrery_planner_requests_total{code=\"INTERNAL\"}"), 0);
+  EXPECT_EQ(MetricValue(planner, "orrery_planner_requests_total{code=\"INTERNAL\",model=\"system_test\"}"), 0);
   for (auto& [name, process] : processes_) EXPECT_TRUE(process->Running()) << name << "\n" << process->Log();
 }
 

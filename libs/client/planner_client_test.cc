@@ -4,10 +4,14 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <string>
+#include <utility>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "libs/base/status_matchers.h"
+#include "libs/client/channel.h"
 
 namespace orrery {
 namespace {
@@ -17,9 +21,10 @@ using ::testing::HasSubstr;
 // Answers with the statuses of a script, in order, then OK.
 class ScriptedPlanner : public planner::v1::PlannerService::Service {
  public:
-  grpc::Status Act(grpc::ServerContext*, const planner::v1::ActRequest* request,
+  grpc::Status Act(grpc::ServerContext* context, const planner::v1::ActRequest* request,
                    planner::v1::ActResponse* response) override {
     const size_t call = calls++;
+    while (call < hung_calls && !context->IsCancelled()) absl::SleepFor(absl::Milliseconds(1));
     if (call < script.size()) return script[call];
     for (int i = 0; i < request->slots_size() - missing_results; ++i) response->add_results()->add_action(0.5f);
     return grpc::Status::OK;
@@ -33,6 +38,7 @@ class ScriptedPlanner : public planner::v1::PlannerService::Service {
   }
 
   std::vector<grpc::Status> script;
+  size_t hung_calls = 0;
   int missing_results = 0;
   std::atomic<size_t> calls = 0;
 };
@@ -77,6 +83,14 @@ TEST_F(PlannerClientTest, ReturnsTheLastErrorAtTheDeadline) {
   EXPECT_GT(planner_.calls, 1u);
 }
 
+// It takes the call and does not answer it.
+TEST_F(PlannerClientTest, APlannerThatHangsLeavesTimeForAnother) {
+  planner_.hung_calls = 1;
+  ASSERT_OK_AND_ASSIGN(const auto response, client_.Act(request_, absl::Now() + 2 * PlannerClient::kShortestTry));
+  EXPECT_EQ(response.results_size(), 2);
+  EXPECT_EQ(planner_.calls, 2u);
+}
+
 TEST_F(PlannerClientTest, RefusesAnAnswerOfAnotherNumberOfSlots) {
   planner_.missing_results = 1;
   EXPECT_THAT(client_.Act(request_, Soon()),
@@ -88,6 +102,29 @@ TEST_F(PlannerClientTest, GetModelTriesAgainToo) {
   ASSERT_OK_AND_ASSIGN(const auto model, client_.GetModel("cartpole", Soon()));
   EXPECT_EQ(model.model(), "cartpole");
   EXPECT_EQ(planner_.calls, 2u);
+}
+
+// Two replicas behind one name, of which one is always full: every call gets its answer from the other.
+TEST(PlannerClient, AsksAnotherReplica) {
+  ScriptedPlanner full, idle;
+  full.script = std::vector<grpc::Status>(10000, kFull);
+  std::vector<std::unique_ptr<grpc::Server>> servers;
+  std::string target = "ipv4:";
+  for (ScriptedPlanner* replica : {&full, &idle}) {
+    int port = 0;
+    grpc::ServerBuilder builder;
+    builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
+    servers.push_back(builder.RegisterService(replica).BuildAndStart());
+    absl::StrAppend(&target, replica == &idle ? "," : "", "127.0.0.1:", port);
+  }
+  ASSERT_OK_AND_ASSIGN(auto channel, MakeChannel(target));
+  PlannerClient client(std::move(channel));
+  planner::v1::ActRequest request;
+  request.add_slots();
+  for (int i = 0; i < 10; ++i) EXPECT_OK(client.Act(request, absl::Now() + absl::Seconds(20)));
+  EXPECT_EQ(idle.calls, 10u);
+  EXPECT_GT(full.calls, 0u);
+  for (auto& server : servers) server->Shutdown();
 }
 
 }  // namespace

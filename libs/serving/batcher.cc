@@ -33,13 +33,12 @@ void Batcher::Enqueue(std::unique_ptr<BatchRequest> request) {
   {
     absl::MutexLock lock(&mu_);
     const absl::Time now = options_.clock->Now();
-    if (slots_waiting_ + request->slots > options_.max_queue) DropDeadLocked(now, dropped);
+    if (!FitsLocked(request->slots)) DropDeadLocked(now, dropped);
+    if (request->urgent && !FitsLocked(request->slots)) DisplaceLocked(request->slots, dropped);
     if (closed_) {
       dropped.push_back({std::move(request), absl::UnavailableError("the planner is shutting down")});
-    } else if (slots_waiting_ > 0 && slots_waiting_ + request->slots > options_.max_queue) {
-      absl::Status full = absl::ResourceExhaustedError(
-          absl::StrCat("the queue is full: ", slots_waiting_, " slots wait and ", request->slots,
-                       " came, expected at most ", options_.max_queue, " together; try again later"));
+    } else if (!FitsLocked(request->slots)) {
+      absl::Status full = FullLocked(request->slots);
       dropped.push_back({std::move(request), std::move(full)});
     } else {
       request->arrived_ = now;
@@ -135,6 +134,28 @@ void Batcher::DropDeadLocked(absl::Time now, std::vector<Dropped>& dropped) {
       dropped.push_back({std::move(request), std::move(status)});
     }
     *queue = std::move(kept);
+  }
+}
+
+bool Batcher::FitsLocked(int64_t slots) const {
+  return slots_waiting_ == 0 || slots_waiting_ + slots <= options_.max_queue;
+}
+
+absl::Status Batcher::FullLocked(int64_t slots) const {
+  return absl::ResourceExhaustedError(absl::StrCat("the queue is full: ", slots_waiting_, " slots wait and ", slots,
+                                                   " came, expected at most ", options_.max_queue,
+                                                   " together; try again later"));
+}
+
+void Batcher::DisplaceLocked(int64_t slots, std::vector<Dropped>& dropped) {
+  int64_t urgent_slots = 0;
+  for (const auto& request : urgent_) urgent_slots += request->slots;
+  if (urgent_slots > 0 && urgent_slots + slots > options_.max_queue) return;
+  while (!usual_.empty() && !FitsLocked(slots)) {
+    const absl::Status full = FullLocked(slots);
+    ForgetLocked(*usual_.back());
+    dropped.push_back({std::move(usual_.back()), full});
+    usual_.pop_back();
   }
 }
 

@@ -27,8 +27,8 @@ class BatchRequest {
   virtual ~BatchRequest() = default;
   // The caller has gone; called from any thread.
   virtual bool cancelled() const = 0;
-  // The request will not be computed. RESOURCE_EXHAUSTED: the queue is full. DEADLINE_EXCEEDED, CANCELLED: dropped before
-  // compute. UNAVAILABLE: the batcher was closed.
+  // The request will not be computed. RESOURCE_EXHAUSTED: the queue is full, on arrival or later of more urgent ones.
+  // DEADLINE_EXCEEDED, CANCELLED: dropped before compute. UNAVAILABLE: the batcher was closed.
   virtual void Fail(const absl::Status& status) = 0;
 
   // Set before Enqueue.
@@ -45,7 +45,11 @@ class BatchRequest {
 // A queue with one consumer. A batch is due when it is full (max_batch slots), when every client seen in the last second is
 // waiting, or when the oldest request has waited max_delay for company; waiting for a busy engine does not count, so a
 // batch grows while the engine works and clients that answer fast fall into step. A request is never split; one with more
-// slots than max_batch runs alone. Urgent requests go first, else first come, first served.
+// slots than max_batch runs alone. Urgent requests go first, else first come, first served; in a full queue an urgent one takes
+// the places of the last that are not.
+//
+// With max_queue equal to max_batch, what waits fits into the next batch: an answer then takes at most max_delay and the
+// computing of two batches, whatever the load.
 //
 // Thread-safe; Step is called by one thread.
 class Batcher {
@@ -82,6 +86,10 @@ class Batcher {
   };
 
   void DropDeadLocked(absl::Time now, std::vector<Dropped>& dropped) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  bool FitsLocked(int64_t slots) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Drops the last requests that are not urgent until `slots` fit; none when that would not help.
+  void DisplaceLocked(int64_t slots, std::vector<Dropped>& dropped) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::Status FullLocked(int64_t slots) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   bool EveryClientWaitsLocked(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // When the batch is due if nothing else happens.
   absl::Time DueLocked(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);

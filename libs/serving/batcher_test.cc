@@ -3,7 +3,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <atomic>
+#include <map>
 #include <optional>
 #include <thread>
 #include <utility>
@@ -220,6 +222,76 @@ TEST_F(BatcherTest, RefusesWhatDoesNotFitIntoTheQueue) {
   EXPECT_TRUE(batcher_->TryStep() || (clock_.Advance(absl::Milliseconds(5)), batcher_->TryStep()));
   EXPECT_THAT(batches_, ElementsAre(ElementsAre("a"), ElementsAre("c")));
   EXPECT_EQ(GaugeValue("orrery_planner_queue_depth"), 0);
+}
+
+TEST_F(BatcherTest, AnUrgentRequestTakesThePlacesOfTheLastUsualOnes) {
+  Make(8, /*max_queue=*/8);
+  MeetAbsentClient();
+  Fate* first = Send("a", 3);
+  Fate* second = Send("b", 3);
+  Fate* third = Send("c", 2);
+  EXPECT_FALSE(Send("evaluation", 4, /*urgent=*/true)->failed.has_value());
+  EXPECT_FALSE(first->failed.has_value());
+  for (Fate* fate : {second, third}) {
+    ASSERT_TRUE(fate->failed.has_value());
+    EXPECT_THAT(*fate->failed, StatusIs(absl::StatusCode::kResourceExhausted));
+  }
+  EXPECT_EQ(GaugeValue("orrery_planner_queue_depth"), 7);
+  Fate* other = Send("another evaluation", 5, /*urgent=*/true);
+  ASSERT_TRUE(other->failed.has_value()) << "urgent requests do not displace each other";
+  EXPECT_THAT(*other->failed, StatusIs(absl::StatusCode::kResourceExhausted));
+  EXPECT_FALSE(first->failed.has_value()) << "its place would not have been enough";
+  clock_.Advance(absl::Milliseconds(5));
+  EXPECT_TRUE(batcher_->TryStep());
+  EXPECT_THAT(batches_, ElementsAre(ElementsAre("evaluation", "a")));
+}
+
+TEST_F(BatcherTest, ShortQueuesBoundTheLatencyAtTwiceTheCapacity) {
+  constexpr int kBatch = 4, kBatches = 100;
+  constexpr absl::Duration kCompute = absl::Milliseconds(10), kDelay = absl::Milliseconds(3);
+  Batcher::Options options;
+  options.max_batch = options.max_queue = kBatch;
+  options.max_delay = kDelay;
+  options.registry = registry_;
+  options.clock = &clock_;
+  std::map<std::string, absl::Time> sent;
+  std::vector<absl::Duration> served;
+  std::unique_ptr<Batcher> batcher;
+  // Sends requests of ever new clients, as many as twice the capacity, while the time passes.
+  const auto arrive = [&](absl::Duration duration) {
+    const int count = static_cast<int>(duration / (kCompute / (2 * kBatch)));
+    for (int i = 0; i < count; ++i) {
+      clock_.Advance(duration / count);
+      const std::string name = absl::StrCat("client", sent.size());
+      sent[name] = clock_.Now();
+      auto request = std::make_unique<FakeRequest>(name, fates_.emplace_back(std::make_unique<Fate>()).get());
+      request->client_id = name;
+      batcher->Enqueue(std::move(request));
+    }
+  };
+  batcher = std::make_unique<Batcher>(options, [&](Batcher::Batch batch) {
+    arrive(kCompute);
+    for (const auto& request : batch) {
+      served.push_back(clock_.Now() - sent.at(static_cast<const FakeRequest&>(*request).name()));
+    }
+  });
+  for (int i = 0; i < kBatches;) {
+    if (batcher->TryStep()) {
+      ++i;
+    } else {
+      arrive(kCompute / (2 * kBatch));
+    }
+  }
+  EXPECT_EQ(served.size(), 1u + kBatch * (kBatches - 1)) << "all but the first batch are full";
+  EXPECT_LE(*std::max_element(served.begin(), served.end()), kDelay + 2 * kCompute);
+  size_t refused = 0;
+  for (const auto& fate : fates_) {
+    if (!fate->failed.has_value()) continue;
+    EXPECT_THAT(*fate->failed, StatusIs(absl::StatusCode::kResourceExhausted));
+    ++refused;
+  }
+  EXPECT_GE(sent.size(), 2u * kBatch * kBatches);
+  EXPECT_LE(sent.size() - served.size() - refused, static_cast<size_t>(kBatch)) << "what still waits";
 }
 
 TEST_F(BatcherTest, MakesRoomByDroppingTheDead) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <iterator>
 #include <map>
 #include <utility>
 
@@ -298,39 +299,52 @@ absl::Status CheckSlot(const ServedModel& served, const SlotInput& slot, absl::s
   return Annotate(ParseBelief(slot.belief, served.belief_shape()).status(), what);
 }
 
-InferenceEngine::InferenceEngine(torch::Device device, std::shared_ptr<prometheus::Registry> registry)
+InferenceEngine::InferenceEngine(torch::Device device, std::shared_ptr<prometheus::Registry> registry,
+                                 const prometheus::Labels& labels)
     : device_(device),
       registry_(std::move(registry)),
-      compute_seconds_(AddHistogram(*registry_, "planner_compute_seconds", "Time to compute a batch.", SecondsBuckets())),
+      compute_seconds_(
+          AddHistogram(*registry_, "planner_compute_seconds", "Time to compute a batch.", SecondsBuckets(), labels)),
       belief_lag_(AddHistogram(*registry_, "planner_belief_lag",
                                "Updates between the snapshot that made a belief and the one that goes on from it.",
-                               {0, 1, 10, 100, 1000, 10000})),
+                               {0, 1, 10, 100, 1000, 10000}, labels)),
       non_finite_plans_(AddCounter(*registry_, "planner_non_finite_plans_total",
-                                   "Plans whose predicted return was not finite.")) {}
+                                   "Plans whose predicted return was not finite.", labels)) {}
 
 absl::StatusOr<Outputs> InferenceEngine::Run(const ServedModel& served, absl::Span<const SlotInput* const> slots) const {
   return CatchExceptions("inference", [&]() -> absl::StatusOr<Outputs> {
     const auto begin = std::chrono::steady_clock::now();
     c10::InferenceMode inference;
-    const WorldModel& model = *served.model;
-    ASSIGN_OR_RETURN(BatchTensors batch, MakeTensors(served, slots, device_, belief_lag_));
-    const Predicted predicted = model.Predict(batch.belief, batch.action);
-    const LatentDistribution posterior = model.Posterior(predicted, model.Encode(batch.observations, batch.available));
-    const LatentState state{predicted.deter, model.latents().Sample(posterior, batch.noise)};
-    ASSIGN_OR_RETURN(const PlanResult plan, served.planner->Plan(model, {state, batch.plan_seeds, batch.previous_plan,
-                                                                         batch.has_previous, batch.valid_actions}));
-    non_finite_plans_.Increment(static_cast<double>(plan.non_finite_plans));
-    BatchResults results{{ToHost(state.deter), ToHost(state.stoch)}, ToHost(plan.action), ToHost(plan.predicted_return), {}};
-    if (batch.previous_plan.defined()) results.next_plan = ToHost(ShiftPlan(plan.mean).flatten(1));
+    // Products of other shapes round differently.
+    const size_t together = device_.is_cpu() ? 1 : slots.size();
     Outputs outputs;
     outputs.reserve(slots.size());
-    for (size_t i = 0; i < slots.size(); ++i) {
-      outputs.push_back(
-          MakeOutput(served, results, static_cast<int64_t>(i), *slots[i], batch.generators[i]));
+    for (size_t first = 0; first < slots.size(); first += together) {
+      ASSIGN_OR_RETURN(Outputs some, Compute(served, slots.subspan(first, together)));
+      std::move(some.begin(), some.end(), std::back_inserter(outputs));
     }
     compute_seconds_.Observe(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
     return outputs;
   });
+}
+
+absl::StatusOr<Outputs> InferenceEngine::Compute(const ServedModel& served, absl::Span<const SlotInput* const> slots) const {
+  const WorldModel& model = *served.model;
+  ASSIGN_OR_RETURN(BatchTensors batch, MakeTensors(served, slots, device_, belief_lag_));
+  const Predicted predicted = model.Predict(batch.belief, batch.action);
+  const LatentDistribution posterior = model.Posterior(predicted, model.Encode(batch.observations, batch.available));
+  const LatentState state{predicted.deter, model.latents().Sample(posterior, batch.noise)};
+  ASSIGN_OR_RETURN(const PlanResult plan, served.planner->Plan(model, {state, batch.plan_seeds, batch.previous_plan,
+                                                                       batch.has_previous, batch.valid_actions}));
+  non_finite_plans_.Increment(static_cast<double>(plan.non_finite_plans));
+  BatchResults results{{ToHost(state.deter), ToHost(state.stoch)}, ToHost(plan.action), ToHost(plan.predicted_return), {}};
+  if (batch.previous_plan.defined()) results.next_plan = ToHost(ShiftPlan(plan.mean).flatten(1));
+  Outputs outputs;
+  outputs.reserve(slots.size());
+  for (size_t i = 0; i < slots.size(); ++i) {
+    outputs.push_back(MakeOutput(served, results, static_cast<int64_t>(i), *slots[i], batch.generators[i]));
+  }
+  return outputs;
 }
 
 absl::Status InferenceEngine::WarmUp(const ServedModel& served) const {

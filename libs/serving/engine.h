@@ -42,18 +42,23 @@ absl::Status CheckSlot(const ServedModel& served, const SlotInput& slot, absl::s
 // float32 on one device. Thread-safe: holds only options and metrics.
 class InferenceEngine {
  public:
-  // `registry` is required.
-  InferenceEngine(torch::Device device, std::shared_ptr<prometheus::Registry> registry);
+  // `registry` is required; every metric gets the labels.
+  InferenceEngine(torch::Device device, std::shared_ptr<prometheus::Registry> registry, const prometheus::Labels& labels = {});
 
-  // The slots must have passed CheckSlot. All are computed together; everything random in slot i comes from its own seed,
-  // so its answer does not depend on its company. A slot whose numbers overflow gets an INVALID_ARGUMENT of its own.
-  // INTERNAL: nothing could be computed.
+  // The slots must have passed CheckSlot. Everything random in slot i comes from its own seed, so its answer does not depend on
+  // its company: to the last bit on a CPU, where slots are computed one by one (planning together saves nothing there), and
+  // within rounding on a GPU, where all are computed together. A slot whose numbers overflow gets an INVALID_ARGUMENT of its
+  // own. INTERNAL: nothing could be computed.
   absl::StatusOr<std::vector<absl::StatusOr<SlotOutput>>> Run(const ServedModel& served,
                                                               absl::Span<const SlotInput* const> slots) const;
   // Computes one slot of zeros: on CUDA so often that the plan has been recorded.
   absl::Status WarmUp(const ServedModel& served) const;
 
  private:
+  // Computes all together.
+  absl::StatusOr<std::vector<absl::StatusOr<SlotOutput>>> Compute(const ServedModel& served,
+                                                                  absl::Span<const SlotInput* const> slots) const;
+
   const torch::Device device_;
   const std::shared_ptr<prometheus::Registry> registry_;
   prometheus::Histogram& compute_seconds_;

@@ -64,25 +64,22 @@ class EngineTest : public ::testing::Test {
   std::shared_ptr<const ServedModel> served_;
 };
 
-TEST_F(EngineTest, AnswersASlotInABatchAsAlone) {
+TEST_F(EngineTest, AnswersASlotInABatchAsAloneToTheLastBit) {
   Serve(TinySnapshot(1));
   std::vector<SlotInput> slots;
-  for (uint64_t i = 0; i < 8; ++i) slots.push_back(NewSlot(i));
+  for (uint64_t i = 0; i < 64; ++i) slots.push_back(NewSlot(i));
   slots[3].exploration_noise = 0.5f;
-  for (int round = 0; round < 4; ++round) {
+  for (int round = 0; round < 3; ++round) {
     const Outputs together = Run(slots);
-    ASSERT_THAT(together, SizeIs(8));
+    ASSERT_THAT(together, SizeIs(64));
     for (size_t i = 0; i < slots.size(); ++i) {
       const Outputs alone = Run({slots[i]});
       ASSERT_OK(together[i]);
       ASSERT_OK(alone[0]);
       ASSERT_THAT(together[i]->action, SizeIs(2));
-      for (size_t a = 0; a < 2; ++a) EXPECT_NEAR(together[i]->action[a], alone[0]->action[a], 1e-5) << i;
-      EXPECT_NEAR(together[i]->predicted_return, alone[0]->predicted_return, 1e-5);
-      ASSERT_OK_AND_ASSIGN(const Belief a, ParseBelief(together[i]->belief, served_->belief_shape()));
-      ASSERT_OK_AND_ASSIGN(const Belief b, ParseBelief(alone[0]->belief, served_->belief_shape()));
-      for (size_t k = 0; k < a.deter.size(); ++k) EXPECT_NEAR(a.deter[k], b.deter[k], 1e-5);
-      for (size_t k = 0; k < a.stoch.size(); ++k) EXPECT_NEAR(a.stoch[k], b.stoch[k], 1e-5);
+      EXPECT_EQ(together[i]->action, alone[0]->action) << i;
+      EXPECT_EQ(together[i]->predicted_return, alone[0]->predicted_return) << i;
+      EXPECT_EQ(together[i]->belief, alone[0]->belief) << i;
     }
     for (size_t i = 0; i < slots.size(); ++i) slots[i] = NextSlot(*together[i], 100 * (i + 1) + static_cast<uint64_t>(round));
   }

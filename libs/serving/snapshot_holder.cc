@@ -16,11 +16,14 @@ std::string Text(const SnapshotVersion& version) { return absl::StrCat(version.g
 
 SnapshotHolder::SnapshotHolder(Options options)
     : options_(std::move(options)),
-      version_gauge_(AddGauge(*options_.registry, "planner_snapshot_version", "Updates of the snapshot that is served.")),
+      version_gauge_(AddGauge(*options_.registry, "planner_snapshot_version", "Updates of the snapshot that is served.",
+                              options_.labels)),
       timestamp_(AddGauge(*options_.registry, "planner_snapshot_timestamp_seconds",
-                          "Unix time when the snapshot that is served was taken into use.")),
+                          "Unix time when the snapshot that is served was taken into use.", options_.labels)),
+      held_gauge_(AddGauge(*options_.registry, "planner_snapshot_held",
+                           "1 while a rollback holds the snapshot that is served, else 0.", options_.labels)),
       refused_(AddCounter(*options_.registry, "planner_snapshots_refused_total",
-                          "Snapshots that were damaged or did not fit.")) {}
+                          "Snapshots that were damaged or did not fit.", options_.labels)) {}
 
 absl::StatusOr<std::shared_ptr<const ServedModel>> SnapshotHolder::Build(absl::string_view file,
                                                                          std::optional<SnapshotVersion> version) {
@@ -32,7 +35,8 @@ absl::StatusOr<std::shared_ptr<const ServedModel>> SnapshotHolder::Build(absl::s
     auto served = std::make_shared<ServedModel>();
     served->info = std::move(parsed.info);
     if (options_.planner.has_value()) served->info.planner = *options_.planner;
-    served->name = served->info.run.empty() ? options_.default_name : served->info.run;
+    served->name = !options_.name.empty() ? options_.name : served->info.run;
+    if (served->name.empty()) served->name = options_.default_name;
     served->version = version.value_or(SnapshotVersion{served->info.generation, served->info.counter});
     served->structure_hash = parsed.model->StructureHash();
     ASSIGN_OR_RETURN(served->planner, MakePlanner(served->info.planner, parsed.model->config()));
@@ -43,11 +47,11 @@ absl::StatusOr<std::shared_ptr<const ServedModel>> SnapshotHolder::Build(absl::s
 
 absl::Status SnapshotHolder::Load(absl::string_view file, std::optional<SnapshotVersion> version) {
   absl::MutexLock load_lock(&load_mu_);
-  const std::shared_ptr<const ServedModel> old = Get();
+  const std::shared_ptr<const ServedModel> old = Newest();
   absl::StatusOr<std::shared_ptr<const ServedModel>> built = Build(file, version);
   if (built.ok() && old != nullptr && (*built)->version <= old->version) {
-    return absl::AlreadyExistsError(absl::StrCat("snapshot ", Text((*built)->version), " is not newer than ",
-                                                 Text(old->version), ", which is served"));
+    return absl::AlreadyExistsError(
+        absl::StrCat("snapshot ", Text((*built)->version), " is not newer than ", Text(old->version), ", the newest here"));
   }
   absl::Status status = built.status();
   if (status.ok() && options_.warm_up && (old == nullptr || old->structure_hash != (*built)->structure_hash)) {
@@ -56,18 +60,21 @@ absl::Status SnapshotHolder::Load(absl::string_view file, std::optional<Snapshot
   if (!status.ok()) {
     refused_.Increment();
     LogWarning("snapshot refused version={} serving={} error=\"{}\"", version.has_value() ? Text(*version) : "its own",
-               old == nullptr ? "nothing" : Text(old->version), status.ToString());
+               old == nullptr ? "nothing" : Text(this->version()), status.ToString());
     return status;
   }
   Swap(*built);
-  version_gauge_.Set(static_cast<double>((*built)->version.counter));
-  timestamp_.Set(absl::ToDoubleSeconds(options_.clock->Now() - absl::UnixEpoch()));
-  LogDebug("snapshot served model={} version={}", (*built)->name, Text((*built)->version));
+  LogDebug("snapshot loaded model={} version={} serving={}", (*built)->name, Text((*built)->version), Text(this->version()));
   if (options_.on_swap) options_.on_swap(**built);
   return absl::OkStatus();
 }
 
 std::shared_ptr<const ServedModel> SnapshotHolder::Get() const {
+  absl::MutexLock lock(&mu_);
+  return kept_.empty() ? nullptr : kept_[served_].served;
+}
+
+std::shared_ptr<const ServedModel> SnapshotHolder::Newest() const {
   absl::MutexLock lock(&mu_);
   return kept_.empty() ? nullptr : kept_.back().served;
 }
@@ -76,26 +83,88 @@ std::shared_ptr<const ServedModel> SnapshotHolder::Get(const SnapshotVersion& ve
   absl::MutexLock lock(&mu_);
   if (kept_.empty()) return nullptr;
   const auto found = std::find_if(kept_.begin(), kept_.end(), [&](const Kept& kept) { return kept.served->version == version; });
-  if (found == kept_.end()) return kept_.back().served;
+  if (found == kept_.end()) return kept_[served_].served;
   found->asked = options_.clock->Now();
   return found->served;
 }
 
 void SnapshotHolder::Swap(std::shared_ptr<const ServedModel> served) {
-  const absl::Time oldest = options_.clock->Now() - kKeep;
   absl::MutexLock lock(&mu_);
-  // All but the last one, which stays as the one before.
-  if (!kept_.empty()) {
-    kept_.erase(std::remove_if(kept_.begin(), kept_.end() - 1, [&](const Kept& kept) { return kept.asked < oldest; }),
-                kept_.end() - 1);
-  }
-  if (kept_.size() == kMostKept) kept_.erase(kept_.begin());
+  ForgetLocked();
   kept_.push_back({std::move(served)});
+  if (!held_) ServeLocked(kept_.size() - 1, /*held=*/false);
 }
 
-SnapshotVersion SnapshotHolder::version() const {
-  const std::shared_ptr<const ServedModel> served = Get();
-  return served == nullptr ? SnapshotVersion{} : served->version;
+void SnapshotHolder::ForgetLocked() {
+  // The last one becomes the one before the newest.
+  const auto stays = [this](size_t i) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    return i + 1 == kept_.size() || (held_ && (i == served_ || i + 1 == served_));
+  };
+  const auto forget = [this](size_t i) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    kept_.erase(kept_.begin() + static_cast<std::ptrdiff_t>(i));
+    if (i < served_) served_ -= 1;
+  };
+  const absl::Time oldest = options_.clock->Now() - kKeep;
+  for (size_t i = 0; i < kept_.size();) {
+    if (stays(i) || kept_[i].asked >= oldest) {
+      ++i;
+    } else {
+      forget(i);
+    }
+  }
+  for (size_t i = 0; i < kept_.size() && kept_.size() >= kMostKept;) {
+    if (stays(i)) {
+      ++i;
+    } else {
+      forget(i);
+    }
+  }
+}
+
+void SnapshotHolder::ServeLocked(size_t index, bool held) {
+  served_ = index;
+  held_ = held;
+  version_gauge_.Set(static_cast<double>(kept_[index].served->version.counter));
+  timestamp_.Set(absl::ToDoubleSeconds(options_.clock->Now() - absl::UnixEpoch()));
+  held_gauge_.Set(held ? 1 : 0);
+}
+
+absl::StatusOr<SnapshotVersion> SnapshotHolder::Rollback(std::optional<SnapshotVersion> expected) {
+  absl::MutexLock lock(&mu_);
+  if (kept_.empty()) return absl::UnavailableError("no snapshot yet: there is nothing to go back from");
+  const SnapshotVersion left = kept_[served_].served->version;
+  if (expected.has_value() && *expected != left) {
+    return absl::AbortedError(absl::StrCat("snapshot ", Text(left), " is served, expected ", Text(*expected)));
+  }
+  if (served_ == 0) {
+    return absl::FailedPreconditionError(absl::StrCat("no snapshot before ", Text(left), " is kept"));
+  }
+  ServeLocked(served_ - 1, /*held=*/true);
+  LogWarning("snapshot rolled back model={} from={} to={}, held until it is resumed", kept_[served_].served->name, Text(left),
+             Text(kept_[served_].served->version));
+  return left;
+}
+
+absl::Status SnapshotHolder::Resume() {
+  absl::MutexLock lock(&mu_);
+  if (kept_.empty()) return absl::UnavailableError("no snapshot yet: there is nothing to resume");
+  if (!held_) return absl::OkStatus();
+  const SnapshotVersion left = kept_[served_].served->version;
+  ServeLocked(kept_.size() - 1, /*held=*/false);
+  LogInfo("snapshots resumed model={} from={} to={}", kept_[served_].served->name, Text(left),
+          Text(kept_[served_].served->version));
+  return absl::OkStatus();
+}
+
+SnapshotHolder::State SnapshotHolder::state() const {
+  absl::MutexLock lock(&mu_);
+  if (kept_.empty()) return {};
+  State state;
+  state.served = kept_[served_].served->version;
+  state.newest = kept_.back().served->version;
+  if (served_ > 0) state.previous = kept_[served_ - 1].served->version;
+  state.held = held_;
+  return state;
 }
 
 }  // namespace orrery

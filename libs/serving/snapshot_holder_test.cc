@@ -3,6 +3,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <optional>
+
 #include "libs/base/status_matchers.h"
 #include "libs/serving/testing.h"
 #include "libs/tensors/safetensors.h"
@@ -88,6 +91,85 @@ TEST_F(SnapshotHolderTest, KeepsTheOneBeforeAndThoseAskedForLately) {
   EXPECT_EQ(got(7), 7);
   EXPECT_EQ(got(8), 7);
   EXPECT_EQ(holder.version(), version(7));
+}
+
+TEST_F(SnapshotHolderTest, RollbackServesTheOneBeforeUntilResumed) {
+  SnapshotHolder holder(options_);
+  for (int64_t counter : {1, 2, 3}) ASSERT_OK(holder.Load(TinySnapshot(counter)));
+  clock_.Advance(absl::Seconds(6));
+  EXPECT_THAT(holder.Rollback(), IsOkAndHolds(SnapshotVersion{1, 3}));
+  EXPECT_EQ(holder.version(), (SnapshotVersion{1, 2}));
+  EXPECT_EQ(holder.Get()->version, (SnapshotVersion{1, 2}));
+  EXPECT_EQ(Value("orrery_planner_snapshot_version"), 2);
+  EXPECT_EQ(Value("orrery_planner_snapshot_timestamp_seconds"), 1240);
+  EXPECT_EQ(Value("orrery_planner_snapshot_held"), 1);
+
+  // What comes is loaded, checked and kept, and the held one stays, however many come.
+  for (int64_t counter = 4; counter < 20; ++counter) ASSERT_OK(holder.Load(TinySnapshot(counter)));
+  EXPECT_FALSE(holder.Load("no snapshot").ok());
+  EXPECT_THAT(holder.Load(TinySnapshot(19)), StatusIs(absl::StatusCode::kAlreadyExists, HasSubstr("not newer than 1.19")));
+  EXPECT_EQ(holder.version(), (SnapshotVersion{1, 2}));
+  EXPECT_EQ(holder.Get(SnapshotVersion{1, 19})->version.counter, 19);
+  EXPECT_EQ(holder.Get(SnapshotVersion{1, 7})->version.counter, 2) << "not kept: what is served";
+  SnapshotHolder::State state = holder.state();
+  EXPECT_EQ(state.served, (SnapshotVersion{1, 2}));
+  EXPECT_EQ(state.newest, (SnapshotVersion{1, 19}));
+  EXPECT_EQ(state.previous, std::nullopt);
+  EXPECT_TRUE(state.held);
+
+  ASSERT_OK(holder.Resume());
+  EXPECT_EQ(holder.version(), (SnapshotVersion{1, 19}));
+  EXPECT_EQ(Value("orrery_planner_snapshot_version"), 19);
+  EXPECT_EQ(Value("orrery_planner_snapshot_held"), 0);
+  ASSERT_OK(holder.Load(TinySnapshot(20)));
+  EXPECT_EQ(holder.version(), (SnapshotVersion{1, 20}));
+  state = holder.state();
+  EXPECT_EQ(state.previous, (SnapshotVersion{1, 19}));
+  EXPECT_FALSE(state.held);
+}
+
+TEST_F(SnapshotHolderTest, RollbackGoesBackAsFarAsSnapshotsAreKept) {
+  SnapshotHolder holder(options_);
+  for (int64_t counter : {1, 2, 3}) {
+    ASSERT_OK(holder.Load(TinySnapshot(counter)));
+    holder.Get(SnapshotVersion{1, counter});  // asked for: all are kept
+  }
+  EXPECT_THAT(holder.Rollback(SnapshotVersion{1, 2}),
+              StatusIs(absl::StatusCode::kAborted, HasSubstr("snapshot 1.3 is served, expected 1.2")));
+  EXPECT_THAT(holder.Rollback(SnapshotVersion{1, 3}), IsOkAndHolds(SnapshotVersion{1, 3}));
+  EXPECT_EQ(holder.state().previous, (SnapshotVersion{1, 1}));
+  // The one before the held one stays, too, when it is not asked for any more.
+  clock_.Advance(absl::Minutes(5));
+  for (int64_t counter : {4, 5}) ASSERT_OK(holder.Load(TinySnapshot(counter)));
+  EXPECT_THAT(holder.Rollback(), IsOkAndHolds(SnapshotVersion{1, 2}));
+  EXPECT_EQ(holder.version(), (SnapshotVersion{1, 1}));
+  EXPECT_THAT(holder.Rollback(),
+              StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("no snapshot before 1.1 is kept")));
+  EXPECT_EQ(holder.version(), (SnapshotVersion{1, 1}));
+}
+
+TEST_F(SnapshotHolderTest, NothingToRollBackOrResumeWithoutASnapshot) {
+  SnapshotHolder holder(options_);
+  EXPECT_THAT(holder.Rollback(), StatusIs(absl::StatusCode::kUnavailable));
+  EXPECT_THAT(holder.Resume(), StatusIs(absl::StatusCode::kUnavailable));
+  EXPECT_EQ(holder.state().served, std::nullopt);
+  ASSERT_OK(holder.Load(TinySnapshot(1)));
+  EXPECT_THAT(holder.Rollback(), StatusIs(absl::StatusCode::kFailedPrecondition));
+  EXPECT_OK(holder.Resume()) << "nothing is held";
+  EXPECT_EQ(holder.version(), (SnapshotVersion{1, 1}));
+}
+
+TEST_F(SnapshotHolderTest, AGivenNameReplacesTheSnapshotsOwn) {
+  options_.name = "challenger";
+  options_.labels = {{"model", "challenger"}};
+  SnapshotHolder holder(options_);
+  ASSERT_OK(holder.Load(TinySnapshot(1)));
+  EXPECT_EQ(holder.Get()->name, "challenger");
+  const auto families = registry_->Collect();
+  const auto version = std::find_if(families.begin(), families.end(),
+                                    [](const auto& family) { return family.name == "orrery_planner_snapshot_version"; });
+  ASSERT_NE(version, families.end());
+  EXPECT_EQ(version->metric.at(0).label.at(0).value, "challenger");
 }
 
 TEST_F(SnapshotHolderTest, KeepsABoundedNumber) {

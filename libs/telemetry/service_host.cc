@@ -6,6 +6,7 @@
 #include <grpcpp/impl/server_builder_plugin.h>
 #include <grpcpp/impl/server_initializer.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/match.h"
@@ -18,6 +19,7 @@
 namespace orrery {
 namespace {
 constexpr int kMaxMessageBytes = 68 << 20;
+constexpr absl::Duration kLongestAge = absl::Hours(24 * 24);  // gRPC counts milliseconds in 32 bits
 
 // Health and reflection are plugins of the whole process in gRPC: once is enough.
 void EnablePlugins() {
@@ -64,7 +66,17 @@ struct Listening {
   std::vector<std::string> service_names;
 };
 
-absl::StatusOr<Listening> Listen(const std::string& address, const std::vector<grpc::Service*>& services) {
+void LimitConnections(const HostOptions& options, grpc::ServerBuilder& builder) {
+  if (options.max_connection_age == absl::InfiniteDuration()) return;
+  const auto milliseconds = [](absl::Duration duration) {
+    return static_cast<int>(absl::ToInt64Milliseconds(std::clamp(duration, absl::Milliseconds(1), kLongestAge)));
+  };
+  builder.AddChannelArgument(GRPC_ARG_MAX_CONNECTION_AGE_MS, milliseconds(options.max_connection_age));
+  builder.AddChannelArgument(GRPC_ARG_MAX_CONNECTION_AGE_GRACE_MS, milliseconds(options.max_connection_grace));
+}
+
+absl::StatusOr<Listening> Listen(const std::string& address, const std::vector<grpc::Service*>& services,
+                                 const HostOptions& options) {
   EnablePlugins();
   Listening result;
   grpc::ServerBuilder builder;
@@ -76,6 +88,7 @@ absl::StatusOr<Listening> Listen(const std::string& address, const std::vector<g
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
   builder.AddChannelArgument(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
   builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 5'000);  // clients ping every 10 s
+  LimitConnections(options, builder);
   builder.SetOption(std::make_unique<CollectNames>(&result.service_names));
   if (!address.empty()) builder.AddListeningPort(address, grpc::InsecureServerCredentials(), &result.port);
   for (grpc::Service* service : services) builder.RegisterService(service);
@@ -149,10 +162,10 @@ absl::StatusOr<std::unique_ptr<ServiceHost>> ServiceHost::Start(HostOptions opti
   if (!options.metrics_listen.empty()) {
     ASSIGN_OR_RETURN(metrics, MetricsServer::Start(options.metrics_listen, options.registry));
   }
-  ASSIGN_OR_RETURN(Listening main, Listen(options.listen, options.services));
+  ASSIGN_OR_RETURN(Listening main, Listen(options.listen, options.services, options));
   Listening health;
   if (!options.health_listen.empty()) {
-    ASSIGN_OR_RETURN(health, Listen(options.health_listen, {}));
+    ASSIGN_OR_RETURN(health, Listen(options.health_listen, {}, {}));
   }
   return std::make_unique<ServiceHostImpl>(std::move(main), std::move(health), std::move(metrics));
 }

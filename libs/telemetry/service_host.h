@@ -21,6 +21,10 @@ struct HostOptions {
   std::string metrics_listen;  // HTTP /metrics and /healthz; empty: none
   std::shared_ptr<prometheus::Registry> registry;
   std::vector<grpc::Service*> services;  // not owned; must outlive the host
+  // A connection to `listen` that is about so old (±10 %) is asked to end: its client connects anew, perhaps to another
+  // replica, and running calls may go on for the grace. Infinite: never. Whole milliseconds, at most 24 days.
+  absl::Duration max_connection_age = absl::InfiniteDuration();
+  absl::Duration max_connection_grace = absl::Minutes(2);
 };
 
 // Thread-safe. Health names: "" and "liveness" (SERVING while the process works), "readiness" and every gRPC service's full

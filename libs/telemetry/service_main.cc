@@ -25,6 +25,19 @@ void AddAddress(CLI::App& app, const std::string& flag, int port, const std::str
   app.add_option(flag, value, what + "; port 0: any free one")->capture_default_str()->type_name("HOST:PORT");
 }
 
+constexpr double kLongestSeconds = 2'000'000;  // 23 days
+
+void AddConnectionFlags(CLI::App& app, CommonFlags& flags) {
+  app.add_option("--max_connection_age", flags.max_connection_age,
+                 "Seconds after which clients are asked to connect anew, so that new replicas get their share; 0: never")
+      ->check(CLI::Range(0.0, kLongestSeconds))
+      ->capture_default_str();
+  app.add_option("--max_connection_grace", flags.max_connection_grace,
+                 "Seconds that calls may go on after that; longer ones, such as streams, are cut and begun again")
+      ->check(CLI::Range(0.001, kLongestSeconds))
+      ->capture_default_str();
+}
+
 // One line, as the exit codes promise: messages of third parties may hold line breaks.
 void PrintError(const std::string& program, std::string message) {
   std::replace(message.begin(), message.end(), '\n', ' ');
@@ -119,6 +132,7 @@ void AddCommonFlags(CLI::App& app, const ServiceDefaults& defaults, CommonFlags&
   AddAddress(app, "--health_listen", defaults.health_port, "Address of the plaintext health service", flags.health_listen);
   AddAddress(app, "--metrics_listen", defaults.metrics_port, "Address of HTTP /metrics, /healthz and /readyz",
              flags.metrics_listen);
+  if (defaults.port != 0) AddConnectionFlags(app, flags);
   app.add_option("--config", flags.config, "Experiment (text proto)")->type_name("FILE");
   app.add_option("--set", flags.set, "Sets one field of the experiment; may be repeated")
       ->type_name("KEY=VALUE")
@@ -178,6 +192,8 @@ HostOptions MakeHostOptions(const ServiceDefaults& defaults, const CommonFlags& 
   options.listen = flags.listen;
   options.health_listen = flags.health_listen;
   options.metrics_listen = flags.metrics_listen;
+  if (flags.max_connection_age > 0) options.max_connection_age = absl::Seconds(flags.max_connection_age);
+  options.max_connection_grace = absl::Seconds(flags.max_connection_grace);
   options.registry = std::make_shared<prometheus::Registry>();
   return options;
 }

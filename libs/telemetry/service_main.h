@@ -37,13 +37,16 @@ struct CommonFlags {
   std::string listen;          // --listen
   std::string health_listen;   // --health_listen
   std::string metrics_listen;  // --metrics_listen
+  double max_connection_age = 300;    // --max_connection_age, seconds; 0: no limit
+  double max_connection_grace = 120;  // --max_connection_grace, seconds
   std::string config;          // --config; not required here: app.get_option("--config")->required()
   std::vector<std::string> set;    // --set, repeated
   std::string log_level = "info";  // --log_level
   bool healthcheck = false;        // --healthcheck
 };
 
-// Declares the flags above with their defaults. `flags` must outlive `app`. --healthcheck makes every other flag optional.
+// Declares the flags above with their defaults; those of connections only where there is a gRPC port. `flags` must outlive
+// `app`. --healthcheck makes every other flag optional.
 void AddCommonFlags(CLI::App& app, const ServiceDefaults& defaults, CommonFlags& flags);
 
 // Parses the command line and runs `body`. Exit code: 0 when `body` returns OK, and for --help and --version; 1 after
@@ -58,7 +61,7 @@ int RunProgram(int argc, const char* const* argv, CLI::App& app, const std::stri
 // ready, or nothing like it answers. INVALID_ARGUMENT: no such address, or its port is 0.
 absl::StatusOr<std::string> AskReadiness(const CommonFlags& flags);
 
-// Name and addresses from the flags, and a fresh registry; the services are the caller's to add.
+// Name, addresses and age of connections from the flags, and a fresh registry; the services are the caller's to add.
 HostOptions MakeHostOptions(const ServiceDefaults& defaults, const CommonFlags& flags);
 
 // Logs the addresses that `host` serves, waits for SIGINT or SIGTERM, then drains: no longer ready, `drain` (which should wake

@@ -315,6 +315,27 @@ TEST(HealthCheck, GivesUpOnAServerThatNeverAnswers) {
   close(silent);
 }
 
+TEST(MakeHostOptions, ConnectionsAgeAsTheFlagsSay) {
+  const ServiceDefaults service{"replay", 7101, 7201, 9101};
+  const auto read = [&service](std::vector<const char*> arguments) {
+    CommonFlags flags;
+    CLI::App app("Test.");
+    AddCommonFlags(app, service, flags);
+    arguments.insert(arguments.begin(), "orrery-replay");
+    EXPECT_EQ(RunProgram(static_cast<int>(arguments.size()), arguments.data(), app, "orrery-replay", flags,
+                         [] { return absl::OkStatus(); }),
+              0);
+    return MakeHostOptions(service, flags);
+  };
+  EXPECT_EQ(read({}).max_connection_age, absl::Minutes(5));
+  EXPECT_EQ(read({}).max_connection_grace, absl::Minutes(2));
+  EXPECT_EQ(read({"--max_connection_age=0.5"}).max_connection_age, absl::Milliseconds(500));
+  EXPECT_EQ(read({"--max_connection_age=0"}).max_connection_age, absl::InfiniteDuration());
+  EXPECT_EQ(read({"--max_connection_grace=7"}).max_connection_grace, absl::Seconds(7));
+  std::string printed;
+  EXPECT_EQ(RunWith({"--max_connection_age=-1"}, absl::OkStatus(), &printed), 2);
+}
+
 TEST(RunProgram, ReadsRepeatedSettings) {
   CommonFlags flags;
   CLI::App app("Test.");

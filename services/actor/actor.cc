@@ -317,6 +317,7 @@ absl::StatusOr<bool> Actor::DecideTogether(const std::vector<size_t>& players, s
 absl::Status Actor::ActOnce(const std::vector<Player*>& planned, planner::v1::ActResponse& response) {
   planner::v1::ActRequest request;
   request.set_client_id(options_.actor_id);
+  request.set_model(options_.model);
   request.set_priority(planner::v1::EXPLORATION);
   if (const SnapshotVersion pinned = planned[0]->pinned; pinned != SnapshotVersion{}) {
     request.mutable_snapshot_version()->set_generation(pinned.generation);

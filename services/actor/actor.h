@@ -51,6 +51,7 @@ struct ActorOptions {
   std::string actor_id;               // unique among actors
   std::shared_ptr<grpc::Channel> replay;
   std::shared_ptr<grpc::Channel> planner;
+  std::string model;  // that the planner is asked for; empty: the only one it serves
   std::shared_ptr<prometheus::Registry> registry;
   absl::Duration act_timeout = absl::Seconds(60);
   // Called on the thread of Run after every episode that was played to its end, once its last chunk was handed over. May be

@@ -198,6 +198,7 @@ class ActorTest : public testing::Test {
 
   std::unique_ptr<Actor> MakeActor() {
     ActorOptions options;
+    options.model = "of the test";
     options.experiment = experiment_;
     options.actor_id = "actor-1";
     options.replay = server_->InProcessChannel({});
@@ -353,6 +354,7 @@ TEST_F(ActorTest, AsksThePlannerWithBeliefActionAndNoise) {
     const planner::v1::Slot& slot = requests[i].slots(0);
     const bool train = i < 9;
     EXPECT_EQ(requests[i].client_id(), "actor-1");
+    EXPECT_EQ(requests[i].model(), "of the test");
     EXPECT_EQ(requests[i].priority(), train ? planner::v1::EXPLORATION : planner::v1::EVALUATION);
     EXPECT_FLOAT_EQ(slot.exploration_noise(), train ? 0.3f : 0.0f);
     EXPECT_EQ(slot.belief(), i % 9 == 0 ? "" : absl::StrCat("belief-", i));

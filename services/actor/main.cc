@@ -25,6 +25,7 @@ struct Flags {
   CommonFlags common;
   std::string replay = "127.0.0.1:7101";
   std::string planner = "127.0.0.1:7103";
+  std::string model;
   std::string actor_id;
 };
 
@@ -40,6 +41,7 @@ absl::Status Play(const Flags& flags) {
   HostOptions host_options = MakeHostOptions(kDefaults, flags.common);
   ActorOptions options;
   options.experiment = std::move(experiment);
+  options.model = flags.model;
   options.actor_id = flags.actor_id.empty() ? DefaultActorId() : flags.actor_id;
   options.registry = host_options.registry;
   ASSIGN_OR_RETURN(options.replay, MakeChannel(flags.replay));
@@ -81,6 +83,7 @@ int main(int argc, char** argv) {
   app.get_option("--config")->required();
   app.add_option("--replay", flags.replay, "HOST:PORT of the replay service")->capture_default_str();
   app.add_option("--planner", flags.planner, "HOST:PORT of the planner service")->capture_default_str();
+  app.add_option("--model", flags.model, "Model to ask the planner for, where it serves several");
   app.add_option("--actor_id", flags.actor_id, "Name of this actor, unique in the run (default: host and process id)");
   return orrery::RunProgram(argc, argv, app, "orrery-actor", flags.common, [&] { return orrery::Play(flags); });
 }

@@ -8,6 +8,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "libs/base/clock.h"
@@ -16,7 +17,7 @@
 
 namespace orrery {
 
-// Owns the snapshot, the queue and the thread that computes. Thread-safe.
+// Owns the snapshots of each model, the queue of all and the thread that computes. Thread-safe.
 //
 //   ASSIGN_OR_RETURN(auto planner, PlannerServer::Create(options));
 //   … ServiceHost::Start({… .services = {planner->service()}});
@@ -26,21 +27,25 @@ class PlannerServer {
  public:
   struct Options {
     config::v1::PlannerService service;          // how requests are batched
-    std::optional<config::v1::Planner> planner;  // instead of the snapshot's own
+    std::optional<config::v1::Planner> planner;  // of every model, instead of the snapshots' own
     std::string run;                             // name of a model whose snapshot does not say it
+    // Names of the models by which requests choose, 1 to 128 characters each, unique, at most 64. Empty: one model, named by
+    // its snapshots.
+    std::vector<std::string> models;
     std::string device = "cpu";                  // "cpu", "cuda", "cuda:N"
     int threads = 1;                             // share a batch of plans on the CPU
     std::shared_ptr<prometheus::Registry> registry;  // required
     Clock* clock = &Clock::Real();                   // must outlive the server
-    // Called after every swap: from the first one on, requests are answered. Empty: nobody cares.
-    std::function<void(const ServedModel&)> on_swap;
+    // Called once, when every model has a snapshot. Empty: nobody cares.
+    std::function<void()> on_ready;
   };
   // INVALID_ARGUMENT names the option.
   static absl::StatusOr<std::unique_ptr<PlannerServer>> Create(Options options);
   virtual ~PlannerServer() = default;
 
   virtual grpc::Service* service() = 0;
-  virtual SnapshotHolder& snapshots() = 0;
+  // Of the model at `index` in Options.models; 0 without names.
+  virtual SnapshotHolder& snapshots(size_t index = 0) = 0;
   // Fails what waits and what comes later with UNAVAILABLE; returns when the running batch is done. May be called again.
   virtual void Close() = 0;
 };

@@ -2,11 +2,12 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <atomic>
 #include <functional>
 #include <thread>
 
-#include "absl/synchronization/notification.h"
+#include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "libs/base/status_matchers.h"
 #include "libs/client/planner_client.h"
@@ -79,23 +80,57 @@ class PlannerServiceTest : public ::testing::Test {
   }
   static void ExpectSame(const planner::v1::SlotResult& a, const planner::v1::SlotResult& b) {
     ASSERT_EQ(a.action_size(), b.action_size());
-    for (int i = 0; i < a.action_size(); ++i) EXPECT_NEAR(a.action(i), b.action(i), 1e-5);
-    EXPECT_NEAR(a.predicted_return(), b.predicted_return(), 1e-5);
-    EXPECT_EQ(a.belief().size(), b.belief().size());
+    for (int i = 0; i < a.action_size(); ++i) EXPECT_EQ(a.action(i), b.action(i));
+    EXPECT_EQ(a.predicted_return(), b.predicted_return());
+    EXPECT_EQ(a.belief(), b.belief());
   }
-  // The metric with this label value, or the only one.
-  prometheus::ClientMetric Metric(const std::string& name, const std::string& label = "") {
+  // The metric of this model, where it has such a label, and answer.
+  prometheus::ClientMetric Metric(const std::string& name, const std::string& code = "", const std::string& model = "tiny") {
+    const auto fits = [&](const prometheus::ClientMetric& metric) {
+      return std::all_of(metric.label.begin(), metric.label.end(), [&](const auto& label) {
+        return label.value == (label.name == "model" ? model : code);
+      });
+    };
     for (const auto& family : registry_->Collect()) {
       if (family.name != name) continue;
-      for (const auto& metric : family.metric) {
-        if (label.empty() || metric.label.at(0).value == label) return metric;
-      }
+      const auto metric = std::find_if(family.metric.begin(), family.metric.end(), fits);
+      if (metric != family.metric.end()) return *metric;
     }
-    ADD_FAILURE() << "no metric " << name << " " << label;
+    ADD_FAILURE() << "no metric " << name << " " << code << " " << model;
     return {};
+  }
+  planner::v1::ModelState State(const std::string& model = "") {
+    grpc::ClientContext context;
+    planner::v1::ListModelsResponse response;
+    EXPECT_OK(FromGrpc(stub_->ListModels(&context, {}, &response)));
+    for (const planner::v1::ModelState& state : response.models()) {
+      if (model.empty() || state.model() == model) return state;
+    }
+    ADD_FAILURE() << "no model " << model;
+    return {};
+  }
+  absl::StatusOr<planner::v1::RollbackResponse> Rollback(const planner::v1::RollbackRequest& request = {}) {
+    grpc::ClientContext context;
+    planner::v1::RollbackResponse response;
+    const grpc::Status status = stub_->Rollback(&context, request, &response);
+    if (!status.ok()) return FromGrpc(status);
+    return response;
+  }
+  // Serves two models whose snapshots say the same run.
+  void StartTwo() {
+    options_.models = {"champion", "challenger"};
+    ASSERT_NO_FATAL_FAILURE(Start(/*snapshot=*/0));
+    ASSERT_OK(planner_->snapshots(0).Load(TinySnapshot(1, 1)));
+    ASSERT_OK(planner_->snapshots(1).Load(TinySnapshot(5, 2)));
+  }
+  static ActRequest RequestTo(const std::string& model, uint64_t seed, const planner::v1::SlotResult* last = nullptr) {
+    ActRequest request = Request("c", seed, last);
+    request.set_model(model);
+    return request;
   }
 
   std::shared_ptr<prometheus::Registry> registry_ = std::make_shared<prometheus::Registry>();
+  FakeClock clock_{absl::Now()};
   PlannerServer::Options options_;
   std::unique_ptr<PlannerServer> planner_;
   std::unique_ptr<grpc::Server> server_;
@@ -362,13 +397,185 @@ TEST_F(PlannerServiceTest, CloseFailsWhatWaitsAndWhatComesLater) {
   ExpectRefused(Request("late", 1), absl::StatusCode::kUnavailable, "shutting down");
 }
 
-TEST_F(PlannerServiceTest, TellsOfTheFirstSnapshot) {
-  absl::Notification ready;
-  options_.on_swap = [&ready](const ServedModel&) { ready.Notify(); };
+TEST_F(PlannerServiceTest, TellsOnceWhenEveryModelHasASnapshot) {
+  int told = 0;
+  options_.on_ready = [&told] { ++told; };
+  options_.models = {"a", "b"};
   Start(/*snapshot=*/0);
-  EXPECT_FALSE(ready.HasBeenNotified());
-  ASSERT_OK(planner_->snapshots().Load(TinySnapshot(1)));
-  EXPECT_TRUE(ready.HasBeenNotified());
+  ASSERT_OK(planner_->snapshots(1).Load(TinySnapshot(1)));
+  EXPECT_EQ(told, 0);
+  ASSERT_OK(planner_->snapshots(0).Load(TinySnapshot(1)));
+  EXPECT_EQ(told, 1);
+  ASSERT_OK(planner_->snapshots(0).Load(TinySnapshot(2)));
+  EXPECT_EQ(told, 1);
+}
+
+TEST_F(PlannerServiceTest, RollsBackAndResumesOnCommand) {
+  Start(1);
+  EXPECT_THAT(Rollback(), StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("no snapshot before 1.1 is kept")));
+  ASSERT_OK_AND_ASSIGN(const ActResponse old, Act(Request("c", 1)));
+  ASSERT_OK(planner_->snapshots().Load(TinySnapshot(2, 2)));
+  ASSERT_OK_AND_ASSIGN(const ActResponse bad, Act(Request("c", 1)));
+  ASSERT_NE(bad.results(0).action(0), old.results(0).action(0));
+
+  planner::v1::RollbackRequest request;
+  request.mutable_expected_version()->set_generation(1);
+  request.mutable_expected_version()->set_counter(2);
+  ASSERT_OK_AND_ASSIGN(const planner::v1::RollbackResponse done, Rollback(request));
+  EXPECT_EQ(done.left_version().counter(), 2);
+  EXPECT_EQ(done.state().snapshot_version().counter(), 1);
+  EXPECT_TRUE(done.state().held());
+  EXPECT_THAT(Rollback(request), StatusIs(absl::StatusCode::kAborted, HasSubstr("snapshot 1.1 is served, expected 1.2")));
+
+  // A belief of the newer parameters goes on with the older ones.
+  ASSERT_OK_AND_ASSIGN(const ActResponse after, Act(Request("c", 1)));
+  ExpectSame(after.results(0), old.results(0));
+  ASSERT_OK_AND_ASSIGN(const ActResponse next, Act(Request("c", 2, &bad.results(0))));
+  EXPECT_EQ(next.snapshot_version().counter(), 1);
+  ASSERT_OK(planner_->snapshots().Load(TinySnapshot(3, 3)));
+  ASSERT_OK_AND_ASSIGN(const ActResponse still, Act(Request("c", 1)));
+  EXPECT_EQ(still.snapshot_version().counter(), 1);
+  EXPECT_EQ(State().newest_version().counter(), 3);
+
+  grpc::ClientContext context;
+  planner::v1::ResumeResponse resumed;
+  ASSERT_OK(FromGrpc(stub_->Resume(&context, {}, &resumed)));
+  EXPECT_EQ(resumed.state().snapshot_version().counter(), 3);
+  EXPECT_FALSE(resumed.state().held());
+  ASSERT_OK_AND_ASSIGN(const ActResponse newest, Act(Request("c", 1)));
+  EXPECT_EQ(newest.snapshot_version().counter(), 3);
+}
+
+TEST_F(PlannerServiceTest, ServesSeveralModelsByName) {
+  StartTwo();
+  ASSERT_OK_AND_ASSIGN(const ActResponse champion, Act(RequestTo("champion", 1)));
+  ASSERT_OK_AND_ASSIGN(const ActResponse challenger, Act(RequestTo("challenger", 1)));
+  EXPECT_EQ(champion.snapshot_version().counter(), 1);
+  EXPECT_EQ(challenger.snapshot_version().counter(), 5);
+  EXPECT_NE(champion.results(0).action(0), challenger.results(0).action(0)) << "other parameters";
+  EXPECT_EQ(Metric("orrery_planner_requests_total", "OK", "champion").counter.value, 1);
+  EXPECT_EQ(Metric("orrery_planner_requests_total", "OK", "challenger").counter.value, 1);
+  EXPECT_EQ(Metric("orrery_planner_snapshot_version", "", "challenger").gauge.value, 5);
+
+  ExpectRefused(RequestTo("tiny", 1), absl::StatusCode::kNotFound,
+                "model \"tiny\" is not served here, expected \"champion\", \"challenger\"");
+  ExpectRefused(RequestTo("", 1), absl::StatusCode::kInvalidArgument,
+                "model is empty, and several are served: expected one of \"champion\", \"challenger\"");
+  EXPECT_EQ(Metric("orrery_planner_requests_total", "NOT_FOUND", "").counter.value, 1);
+  EXPECT_EQ(Metric("orrery_planner_requests_total", "INVALID_ARGUMENT", "").counter.value, 1);
+
+  grpc::ClientContext context;
+  planner::v1::GetModelRequest request;
+  request.set_model("challenger");
+  planner::v1::GetModelResponse described;
+  ASSERT_OK(FromGrpc(stub_->GetModel(&context, request, &described)));
+  EXPECT_EQ(described.model(), "challenger");
+  EXPECT_EQ(described.snapshot_version().counter(), 5);
+}
+
+TEST_F(PlannerServiceTest, ABeliefBelongsToItsModel) {
+  StartTwo();
+  ASSERT_OK_AND_ASSIGN(const ActResponse champion, Act(RequestTo("champion", 1)));
+  EXPECT_OK(Act(RequestTo("champion", 2, &champion.results(0))));
+  // The structure is the same, and still the latent states mean other things.
+  ExpectRefused(RequestTo("challenger", 2, &champion.results(0)), absl::StatusCode::kFailedPrecondition, "slots[0]: belief");
+}
+
+TEST_F(PlannerServiceTest, ARollbackConcernsOneModel) {
+  StartTwo();
+  for (size_t i : {0, 1}) ASSERT_OK(planner_->snapshots(i).Load(TinySnapshot(9, 3)));
+  EXPECT_THAT(Rollback(), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("model is empty")));
+  planner::v1::RollbackRequest request;
+  request.set_model("nobody");
+  EXPECT_THAT(Rollback(request), StatusIs(absl::StatusCode::kNotFound, HasSubstr("model \"nobody\"")));
+  request.set_model("challenger");
+  ASSERT_OK(Rollback(request));
+  EXPECT_EQ(State("challenger").snapshot_version().counter(), 5);
+  EXPECT_EQ(State("champion").snapshot_version().counter(), 9);
+  EXPECT_FALSE(State("champion").held());
+}
+
+TEST_F(PlannerServiceTest, AModelWithoutASnapshotHoldsUpNoOther) {
+  options_.models = {"here", "not yet"};
+  Start(/*snapshot=*/0);
+  ASSERT_OK(planner_->snapshots(0).Load(TinySnapshot(1)));
+  EXPECT_OK(Act(RequestTo("here", 1)));
+  ExpectRefused(RequestTo("not yet", 1), absl::StatusCode::kUnavailable, "no snapshot yet");
+  EXPECT_FALSE(State("not yet").has_snapshot_version());
+  EXPECT_FALSE(State("not yet").has_newest_version());
+}
+
+// Requests for two models in one batch: each gets the answer it gets alone.
+TEST_F(PlannerServiceTest, ModelsShareABatch) {
+  options_.service.set_max_delay_micros(500000);
+  StartTwo();
+  std::vector<ActRequest> requests = {RequestTo("champion", 1), RequestTo("challenger", 1)};
+  std::vector<ActResponse> alone, together(2);
+  for (size_t i = 0; i < 2; ++i) {
+    requests[i].set_client_id(absl::StrCat("client", i));
+    ASSERT_OK_AND_ASSIGN(alone.emplace_back(), Act(requests[i]));
+  }
+  std::vector<std::thread> threads;
+  for (size_t i = 0; i < 2; ++i) {
+    threads.emplace_back([&, i] {
+      absl::StatusOr<ActResponse> response = Act(requests[i]);
+      EXPECT_OK(response);
+      if (response.ok()) together[i] = *response;
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (size_t i = 0; i < 2; ++i) {
+    ASSERT_EQ(together[i].results_size(), 1);
+    ExpectSame(together[i].results(0), alone[i].results(0));
+  }
+  EXPECT_EQ(Metric("orrery_planner_batch_size").histogram.sample_sum, 4);
+}
+
+// What its caller gave up is dropped before it is computed.
+TEST_F(PlannerServiceTest, ComputesNothingForACallerThatHasGone) {
+  options_.clock = &clock_;  // it stands still: nothing is due
+  options_.service.set_max_batch(4);
+  options_.service.set_max_queue(4);
+  Start();
+  ASSERT_OK(Act(Request("absent", 1)));  // from now on the planner waits for this client, too
+  const auto computed = [this] { return Metric("orrery_planner_compute_seconds").histogram.sample_count; };
+  const uint64_t before = computed();
+  ActRequest request = Request("gone", 1);
+  for (uint64_t seed : {2, 3}) AddSlot(request, seed);
+  grpc::ClientContext context;
+  std::thread caller([&] {
+    ActResponse response;
+    EXPECT_EQ(stub_->Act(&context, request, &response).error_code(), grpc::StatusCode::CANCELLED);
+  });
+  while (Metric("orrery_planner_queue_depth").gauge.value == 0) std::this_thread::yield();
+  context.TryCancel();
+  caller.join();
+  // The planner hears of it a little later; what comes then takes the place.
+  ActRequest two = Request("two", 1);
+  AddSlot(two, 2);
+  while (Metric("orrery_planner_requests_total", "CANCELLED").counter.value == 0) {
+    EXPECT_FALSE(Act(two, absl::Milliseconds(10)).ok());
+  }
+  EXPECT_EQ(computed(), before);
+  planner_->Close();
+}
+
+TEST_F(PlannerServiceTest, RefusesWhatDoesNotFitIntoTheQueueUnlessItIsAnEvaluation) {
+  options_.clock = &clock_;
+  options_.service.set_max_batch(2);
+  options_.service.set_max_queue(2);
+  Start();
+  ASSERT_OK(Act(Request("absent", 1)));
+  std::thread displaced([this] {
+    EXPECT_THAT(Act(Request("waiting", 1)), StatusIs(absl::StatusCode::kResourceExhausted));
+  });
+  while (Metric("orrery_planner_queue_depth").gauge.value == 0) std::this_thread::yield();
+  ActRequest two = Request("two", 1);
+  AddSlot(two, 2);
+  ExpectRefused(two, absl::StatusCode::kResourceExhausted, "1 slots wait and 2 came, expected at most 2 together");
+  two.set_priority(planner::v1::EVALUATION);
+  EXPECT_OK(Act(two));
+  displaced.join();
 }
 
 TEST_F(PlannerServiceTest, CreateRefusesOptionsOutOfRange) {
@@ -381,6 +588,11 @@ TEST_F(PlannerServiceTest, CreateRefusesOptionsOutOfRange) {
   options_.service.set_max_batch(0);
   refuse("planner_service.max_batch is 0, expected 1 to 1024");
   options_.service.clear_max_batch();
+  options_.models = {"a", "b", "a"};
+  refuse("model \"a\" is named twice");
+  options_.models = {""};
+  refuse("has 0 characters, expected 1 to 128");
+  options_.models.clear();
   options_.device = "abacus";
   refuse("device \"abacus\"");
 }

@@ -15,6 +15,8 @@ namespace {
 constexpr absl::Duration kAskTimeout = absl::Seconds(5);
 // A whole snapshot over a slow network.
 constexpr absl::Duration kFetchTimeout = absl::Minutes(2);
+// A subscription that lasted longer did begin.
+constexpr absl::Duration kStream = absl::Seconds(10);
 
 }  // namespace
 
@@ -68,10 +70,18 @@ bool SnapshotSubscriber::Wait(absl::Duration duration) {
   return !closed_;
 }
 
+SnapshotVersion SnapshotSubscriber::Newest() const { return options_.holder->state().newest.value_or(SnapshotVersion{}); }
+
 void SnapshotSubscriber::Loop() {
   while (!closed()) {
-    const absl::Status learner = learner_ == nullptr ? absl::OkStatus() : Subscribe();
+    const absl::Time begin = options_.clock->Now();
+    absl::Status learner = learner_ == nullptr ? absl::OkStatus() : Subscribe();
     if (closed()) return;
+    if (learner_ != nullptr && options_.clock->Now() - begin > kStream) {
+      // Streams end when their connection is old enough: no trouble unless the next one fails, too.
+      learner = absl::OkStatus();
+      backoff_.Reset();
+    }
     const absl::Status replay = replay_ == nullptr ? absl::OkStatus() : AskReplay();
     if (closed()) return;
     NoteTrouble(learner, replay);
@@ -96,8 +106,9 @@ absl::Status SnapshotSubscriber::Subscribe() {
   progress.set_planner_id(options_.planner_id);
   // A failed write needs no handling: the next read fails too, and Finish tells why.
   const auto report = [&] {
-    const SnapshotVersion version = options_.holder->version();
-    if (version != SnapshotVersion{}) *progress.mutable_serving_version() = ToProto(version);
+    if (const SnapshotVersion newest = Newest(); newest != SnapshotVersion{}) {
+      *progress.mutable_serving_version() = ToProto(newest);
+    }
     stream->Write(progress);
   };
   report();
@@ -131,7 +142,7 @@ absl::Status SnapshotSubscriber::AskReplay() {
     RETURN_IF_ERROR(FromGrpc(replay_->GetStats(call.context(), request, &stats)));
     if (!stats.has_snapshot_version()) return absl::OkStatus();
     ASSIGN_OR_RETURN(const SnapshotVersion newest, FromProto(stats.snapshot_version()));
-    if (newest <= options_.holder->version()) return absl::OkStatus();
+    if (newest <= Newest()) return absl::OkStatus();
   }
   Call call(this, kFetchTimeout);
   replay::v1::GetSnapshotRequest request;

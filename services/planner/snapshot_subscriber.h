@@ -18,8 +18,9 @@
 
 namespace orrery {
 
-// One thread that holds a subscription at the learner, loads what comes and answers with what is served. While no learner
-// answers, it asks replay for the newest snapshot and goes on trying, with growing waits. Thread-safe.
+// One thread that holds a subscription at the learner, loads what comes and answers with the newest that is loaded: the one
+// served, unless a rollback holds another, so that nothing waits for a planner that is held. While no learner answers, it asks
+// replay for the newest snapshot and goes on trying, with growing waits. Thread-safe.
 class SnapshotSubscriber {
  public:
   struct Options {
@@ -45,6 +46,8 @@ class SnapshotSubscriber {
   absl::Status Subscribe();
   // Loads replay's snapshot if it is newer than the one served.
   absl::Status AskReplay();
+  // Version of the newest snapshot that is loaded; {0, 0}: none.
+  SnapshotVersion Newest() const;
   // Waits; false: closed.
   bool Wait(absl::Duration duration) ABSL_LOCKS_EXCLUDED(mu_);
   bool closed() const ABSL_LOCKS_EXCLUDED(mu_);

@@ -183,6 +183,17 @@ TEST_F(SnapshotSubscriberTest, ReportsTheOldVersionWhenASnapshotIsRefused) {
   EXPECT_THAT(learner_.AwaitReports(4), ElementsAre(-1, 1, 1, 3));
 }
 
+TEST_F(SnapshotSubscriberTest, AHeldPlannerAnswersWithTheNewestItHas) {
+  Start(true, false);
+  learner_.Send(FakeLearner::Item{SnapshotOf(1)});
+  learner_.Send(FakeLearner::Item{SnapshotOf(2)});
+  EXPECT_THAT(learner_.AwaitReports(3), ElementsAre(-1, 1, 2));
+  ASSERT_OK(holder_->Rollback());
+  learner_.Send(FakeLearner::Item{SnapshotOf(3)});
+  EXPECT_THAT(learner_.AwaitReports(4), ElementsAre(-1, 1, 2, 3));
+  EXPECT_EQ(holder_->version().counter, 1);
+}
+
 TEST_F(SnapshotSubscriberTest, ComesBackAfterTheLearnerWentAwayAndSaysWhatItServes) {
   Start(true, false);
   learner_.Send(FakeLearner::Item{SnapshotOf(1)});

@@ -16,6 +16,7 @@ void AddTrainCommand(CLI::App& app, Command& command);
 void AddEvalCommand(CLI::App& app, Command& command);
 void AddInspectCommand(CLI::App& app, Command& command);
 void AddReplayCommand(CLI::App& app, Command& command);
+void AddPlannerCommand(CLI::App& app, Command& command);
 void AddBenchCommand(CLI::App& app, Command& command);
 void AddDoctorCommand(CLI::App& app, Command& command);
 

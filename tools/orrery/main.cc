@@ -24,6 +24,7 @@ int Main(int argc, char** argv) {
   orrery::AddEvalCommand(app, command);
   orrery::AddInspectCommand(app, command);
   orrery::AddReplayCommand(app, command);
+  orrery::AddPlannerCommand(app, command);
   orrery::AddBenchCommand(app, command);
   orrery::AddDoctorCommand(app, command);
   try {
