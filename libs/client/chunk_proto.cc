@@ -22,7 +22,8 @@ absl::StatusOr<Chunk> InfoFromProto(const replay::v1::Chunk& proto) {
   if (proto.run_id().empty()) return absl::InvalidArgumentError("chunk.run_id is not set");
   chunk.run_id = proto.run_id();
   RETURN_IF_ERROR(CheckRange("episode_id", proto.episode_id(), 1, kLargest));
-  RETURN_IF_ERROR(CheckRange("first_row", proto.first_row(), 0, kLargest));
+  // Far from where counts of rows of many episodes would overflow.
+  RETURN_IF_ERROR(CheckRange("first_row", proto.first_row(), 0, int64_t{1} << 40));
   RETURN_IF_ERROR(CheckRange("rows", proto.rows(), 1, kMaxChunkRows));
   const int64_t payload_bytes = static_cast<int64_t>(proto.payload().size());
   RETURN_IF_ERROR(CheckRange("payload's size", payload_bytes, 1, kMaxPayloadBytes));

@@ -74,6 +74,8 @@ class BatchAssembler {
     }
     absl::StatusOr<EncodedRows> rows = EncodedRows::Open(std::move(*chunk.mutable_payload()), chunk.rows());
     if (!rows.ok()) return Wrong("a chunk: ", rows.status().message());
+    bytes_ += rows->memory_bytes() - static_cast<int64_t>(rows->payload().size());
+    if (bytes_ > SequenceBatch::kMaxBytes) return Wrong("chunks of too many fields for one batch");
     chunks_.push_back({{chunk.key().episode_id(), chunk.key().first_row()},
                        std::make_shared<const EncodedRows>(*std::move(rows))});
     return absl::OkStatus();

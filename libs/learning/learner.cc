@@ -212,7 +212,7 @@ absl::StatusOr<bool> Learner::MakeUpdates(int32_t count) {
   if (!alternate()) return true;
   if (stopped()) return false;
   // Once these updates are reported there will be other data, from which they could not be made again.
-  if (skipped_in_a_row_ == 0) SaveCheckpoint();
+  if (skipped_in_a_row_ <= 1) SaveCheckpoint();  // one alone is no sign of bad parameters
   Publish(/*always_keep=*/true);
   AwaitPlanners();
   published_updates_ = updates_;
@@ -232,6 +232,7 @@ absl::Status Learner::MakeUpdate(bool more) {
   report.rows_appended = rows_appended_;
   Observe(report);
   skipped_in_a_row_ = report.result.skipped ? skipped_in_a_row_ + 1 : 0;
+  learnt_ = learnt_ || !report.result.skipped;
   return skipped_in_a_row_ < kSkippedBeforeRollback ? absl::OkStatus() : RollBack();
 }
 
@@ -380,7 +381,7 @@ void Learner::SaveCheckpoint() {
     return;
   }
   saved_updates_ = updates_;
-  rollbacks_ = 0;
+  if (learnt_) rollbacks_ = 0;
 }
 
 // Parameters and optimizer go back; counters and randomness go on, so that versions stay ordered and the same batches do
@@ -396,6 +397,7 @@ absl::Status Learner::RollBack() {
   if (!checkpoint.ok()) return absl::InternalError(absl::StrCat(what, ": ", checkpoint.status().message()));
   RETURN_IF_ERROR(trainer_->Restore(checkpoint->tensors, /*with_random=*/false));
   skipped_in_a_row_ = 0;
+  learnt_ = false;
   LogError("{}: back to the parameters of the checkpoint updates={}", what, checkpoint->updates);
   return absl::OkStatus();
 }

@@ -136,7 +136,8 @@ class Learner {
   int64_t saved_updates_ = -1;
   int64_t rows_appended_ = 0;
   int skipped_in_a_row_ = 0;
-  int rollbacks_ = 0;  // since the last checkpoint
+  int rollbacks_ = 0;  // since the last checkpoint with something learnt
+  bool learnt_ = false;  // an update that was not skipped was made since the last return to a checkpoint
   absl::Time last_report_, last_snapshot_, last_kept_, last_stats_, last_outage_log_;
   std::map<std::string, prometheus::Gauge*> loss_gauges_;
 

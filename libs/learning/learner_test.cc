@@ -477,6 +477,18 @@ TEST_F(LearnerTest, GoesBackToTheCheckpointWhenUpdatesStayNotFiniteAndGivesUpAtL
   EXPECT_EQ(Metric("orrery_learner_skipped_updates_total"), 40);
 }
 
+// Blocks that end where a checkpoint was gone back to: what is saved then is no progress.
+TEST_F(LearnerTest, GivesUpAlsoWhenEveryBlockEndsWithAReturnToTheCheckpoint) {
+  experiment_.mutable_learning()->set_schedule(config::v1::Learning::ALTERNATE);
+  ArrayMap rows = TestRows(1, 0, kRows, /*with_image=*/false);
+  for (float& reward : rows[kReward].mutable_as<float>()) reward = 1e30f;
+  data_ = {Appended(MakeChunk(1, 0, kRows, rows)), CaughtUp()};
+  Learner::Options options = Options(std::make_shared<FakeReplay>(1000, 10));
+  options.checkpoint_dir = dir_.path();
+  EXPECT_THAT(Learner::Create(std::move(options)).value()->Run(),
+              StatusIs(absl::StatusCode::kInternal, HasSubstr("not finite")));
+}
+
 TEST_F(LearnerTest, ABadChunkIsCountedAndLearningGoesOn) {
   Chunk damaged = TestChunk(9, 0, 10);
   damaged.payload.resize(damaged.payload.size() / 2);

@@ -45,6 +45,8 @@ class EncodedRows {
 
   int64_t rows() const { return rows_; }
   const std::string& payload() const { return payload_; }
+  // Payload and table of fields.
+  int64_t memory_bytes() const { return static_cast<int64_t>(payload_.size() + fields_.capacity() * sizeof(Field)); }
   // By name, ascending; no name twice.
   const std::vector<Field>& fields() const { return fields_; }
   // Copies rows begin … begin + count - 1, which must be there, of fields()[field] to `to`: count * row_bytes bytes.

@@ -339,7 +339,7 @@ absl::Status RedisStore::Follow(Cursor& cursor, size_t max, ChangeBatch& batch) 
   std::vector<RedisCommand> commands;
   int64_t turn = 0;
   for (int p = 0; p < partitions_; ++p) {
-    turn += cursor.positions[p];
+    turn += cursor.positions[p] % partitions_;  // cursors come from the network: no overflow
     commands.push_back(RedisClient::Script(changes_, {PartitionKey(p, "log"), PartitionKey(p, "sequence")},
                                            {absl::StrCat(cursor.positions[p]), share}));
   }

@@ -371,6 +371,8 @@ void RunCoordinator::UpdateQuiet(absl::Time local, absl::Time now) {
 }
 
 bool RunCoordinator::HandedOutAll(const State& state) const {
+  const Learning& learning = experiment_.learning();
+  if (learning.has_max_updates() && state.updates_done >= learning.max_updates()) return true;
   const int64_t max = MaxEpisodes(experiment_);
   return state.started >= max && EvaluationRounds(experiment_, max) <= state.evaluation_round;
 }
@@ -469,6 +471,15 @@ absl::Status RunCoordinator::RecordChunk(const ChunkInfo& info) {
   });
 }
 
+absl::Status RunCoordinator::WriteRows() {
+  {
+    absl::MutexLock lock(&mu_);
+    if (notes_.rows.empty()) return absl::OkStatus();
+    notes_.write_by = absl::InfinitePast();
+  }
+  return Mutate([](State&, absl::Time) { return absl::OkStatus(); });
+}
+
 absl::Status RunCoordinator::RenewLeases(const std::vector<int64_t>& episode_ids) {
   if (Rest(episode_ids)) return absl::OkStatus();
   return Mutate([&](State& state, absl::Time now) {
@@ -529,8 +540,11 @@ absl::StatusOr<RunCoordinator::Grant> RunCoordinator::ReserveUpdates(int64_t gen
   if (wanted < 0) return absl::InvalidArgumentError(absl::StrCat("updates_wanted is ", wanted, ", expected at least 0"));
   Grant grant;
   RETURN_IF_ERROR(Mutate([&](State& state, absl::Time now) -> absl::Status {
-    if (absl::Status noted = NoteProgress(state, generation, updates_done); !noted.ok()) return noted;
     LearnerLease& learner = state.learner;
+    if (generation == learner.generation && learner.expires == 0) {
+      return absl::FailedPreconditionError(absl::StrCat("generation ", generation, " has released the run"));
+    }
+    if (absl::Status noted = NoteProgress(state, generation, updates_done); !noted.ok()) return noted;
     Renew(learner.expires, now, absl::Seconds(kLearnerLeaseSeconds));
     NoteSeen(learner.seen, now, AbsentAfter(experiment_));
     grant = {};

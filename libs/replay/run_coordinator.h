@@ -76,6 +76,8 @@ class RunCoordinator {
   // Rows of a running episode arrived; renews its lease; `end` other than kContinues finishes it, which is written at once.
   // Calling it twice for the same chunk counts once (rows are counted up to the highest row seen).
   absl::Status RecordChunk(const ChunkInfo& info);
+  // Writes the rows that wait: for the end of a stream of chunks.
+  absl::Status WriteRows();
   // NOT_FOUND when an episode is not running any more is not an error here: it is skipped.
   absl::Status RenewLeases(const std::vector<int64_t>& episode_ids);
   // ALREADY_EXISTS while another learner's lease holds. Returns the new generation (the same one for the holder itself
@@ -86,7 +88,8 @@ class RunCoordinator {
     // Every training episode has finished, every update that belongs to them is reported and no evaluation is left.
     bool run_complete = false;
   };
-  // Reports updates_done, renews the lease, and grants up to `wanted`. FAILED_PRECONDITION: the generation is not the holder.
+  // Reports updates_done, renews the lease, and grants up to `wanted`. FAILED_PRECONDITION: the generation is not the holder, or
+  // has released the run.
   absl::StatusOr<Grant> ReserveUpdates(int64_t generation, int64_t updates_done, int32_t wanted);
   // The same report from a learner that ends: another one may take over at once. FAILED_PRECONDITION as above.
   absl::Status ReleaseLearner(int64_t generation, int64_t updates_done);

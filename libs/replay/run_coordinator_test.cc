@@ -335,9 +335,38 @@ TEST_F(RunCoordinatorTest, ALearnerThatEndsLetsAnotherOneIn) {
   ASSERT_OK(c.ReleaseLearner(first, 3));
   EXPECT_EQ(c.Progress()->updates_done, 3);
   ASSERT_OK(c.ReleaseLearner(first, 3)) << "the answer was lost";
+  EXPECT_THAT(c.ReserveUpdates(first, 0, 5), StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("released")))
+      << "a question from before";
+  EXPECT_EQ(c.Progress()->updates_done, 3);
   EXPECT_THAT(c.AcquireLearner("two"), IsOkAndHolds(first + 1));
   EXPECT_THAT(c.ReleaseLearner(first, 3), StatusIs(absl::StatusCode::kFailedPrecondition));
   EXPECT_THAT(c.AcquireLearner("three"), StatusIs(absl::StatusCode::kAlreadyExists));
+}
+
+TEST_F(RunCoordinatorTest, RowsThatWaitAreWrittenWhenAStreamEnds) {
+  RunCoordinator c(store_.get(), Concurrent(10, 1, 1e6), clock_), other(store_.get(), Concurrent(10, 1, 1e6), clock_);
+  ASSERT_EQ(Begin(c), "R");
+  ASSERT_OK(c.RecordChunk(Rows(last_.episode_id, 0, 10)));
+  ASSERT_OK(c.RecordChunk(Rows(last_.episode_id, 10, 10)));
+  EXPECT_LT(other.Progress()->rows_appended, 20);
+  ASSERT_OK(c.WriteRows());
+  EXPECT_EQ(other.Progress()->rows_appended, 20);
+  const int64_t version = store_->Get("run")->version;
+  ASSERT_OK(c.WriteRows());
+  EXPECT_EQ(store_->Get("run")->version, version);
+}
+
+TEST_F(RunCoordinatorTest, EndsWithTheUpdatesThatWereAskedFor) {
+  config::v1::Experiment e = Concurrent(1, 1, 1e6);
+  e.mutable_learning()->set_max_updates(8);
+  RunCoordinator c(store_.get(), e, clock_);
+  const int64_t generation = *c.AcquireLearner("learner");
+  EXPECT_EQ(Play(c), "R");
+  EXPECT_EQ(Play(c), "T");
+  Reserve(c, generation, 7, 5);
+  EXPECT_EQ(Play(c), "T");
+  ASSERT_OK(c.ReleaseLearner(generation, 8));
+  EXPECT_EQ(Begin(c), ".");
 }
 
 TEST_F(RunCoordinatorTest, ALearnerThatFellBackOwesItsUpdatesAgain) {

@@ -169,6 +169,8 @@ absl::Status Serve(const LearnerFlags& flags) {
 
 int main(int argc, char** argv) {
   orrery::LearnerFlags flags;
+  // Under ALTERNATE a planner whose subscription is being made anew would not be waited for, and there are no replicas to share with.
+  flags.common.max_connection_age = 0;
   CLI::App app("Fits the world model of a run and pushes its snapshots to planners.");
   orrery::AddFlags(app, flags);
   return orrery::RunProgram(argc, argv, app, "orrery-learner", flags.common, [&] { return orrery::Serve(flags); });

@@ -354,7 +354,7 @@ class PlannerServerImpl final : public PlannerServer, public planner::v1::Planne
 
   // On the worker thread.
   void RunBatch(Batcher::Batch batch) {
-    // Those that share a snapshot, in the order of the batch: what is urgent is computed first.
+    // Those that share a snapshot and are as urgent as each other, in the order of the batch: what is urgent is computed first.
     std::vector<std::pair<std::shared_ptr<const ServedModel>, std::vector<ActCall*>>> groups;
     for (const auto& request : batch) {
       ActCall& call = static_cast<ActCall&>(*request);
@@ -365,7 +365,9 @@ class PlannerServerImpl final : public PlannerServer, public planner::v1::Planne
         call.Fail(status);
         continue;
       }
-      const auto same = [&call](const auto& group) { return group.first == call.checked_with; };
+      const auto same = [&call](const auto& group) {
+        return group.first == call.checked_with && group.second[0]->urgent == call.urgent;
+      };
       const auto group = std::find_if(groups.begin(), groups.end(), same);
       if (group != groups.end()) {
         group->second.push_back(&call);

@@ -141,7 +141,13 @@ void DataSet::Apply(const ChangeBatch& batch) {
   bytes_.Set(static_cast<double>(totals.bytes));
 }
 
+int64_t DataSet::clears() const {
+  absl::MutexLock lock(&mu_);
+  return clears_;
+}
+
 void DataSet::Clear() {
+  ++clears_;
   live_.clear();
   indexes_.clear();
   indexes_[default_length_].index = std::make_unique<EpisodeIndex>(default_length_);

@@ -47,6 +47,8 @@ class DataSet {
   bool caught_up() const;
   bool Contains(const ChunkKey& key) const;
   IndexTotals totals() const;
+  // Times that everything was forgotten because the store fell back or lost its log: what was read before may be another run's.
+  int64_t clears() const;
   // `count` independent draws; none when there is nothing to draw from.
   std::vector<Sequence> Sample(const Sampler& sampler, int sequence_length, int count, std::mt19937_64& random);
   // The live chunks of at most `max` episodes of that mode (none given: of any) from number `first` on, by episode and row.
@@ -80,6 +82,7 @@ class DataSet {
 
   Bell bell_;
   mutable absl::Mutex mu_;
+  int64_t clears_ ABSL_GUARDED_BY(mu_) = 0;
   std::map<ChunkKey, ChunkInfo> live_ ABSL_GUARDED_BY(mu_);
   struct LengthIndex {
     std::unique_ptr<EpisodeIndex> index;

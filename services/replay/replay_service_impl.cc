@@ -9,6 +9,7 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/cleanup/cleanup.h"
+#include "absl/functional/function_ref.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
@@ -213,6 +214,11 @@ class ReplayServerImpl : public ReplayServer, public replay::v1::ReplayService::
     return absl::NotFoundError(absl::StrCat("run \"", run, "\" is not served here: expected \"", experiment_.name(), "\""));
   }
 
+  // How long the store is waited for.
+  static absl::Time PatientUntil(const ServerContext& context) {
+    return std::min(absl::Now() + kAppendPatience, absl::FromChrono(context.deadline()) - kDeadlineMargin);
+  }
+
   // Waits until `bell` rings or it is time to look again. CANCELLED: the caller is gone. DEADLINE_EXCEEDED: its deadline is
   // near. UNAVAILABLE: this server is going away.
   static absl::Status AwaitRing(const ServerContext& context, Bell& bell, int64_t seen) {
@@ -246,7 +252,8 @@ class ReplayServerImpl : public ReplayServer, public replay::v1::ReplayService::
                               replay::v1::BeginEpisodeResponse& response);
   absl::Status DoAppendChunks(ServerContext& context, AppendStream& stream);
   absl::Status AppendOne(const ServerContext& context, replay::v1::AppendChunksRequest& request);
-  absl::Status StoreChunk(const ServerContext& context, const Chunk& chunk);
+  // Calls `act` again until `limit` while the store is full or away.
+  absl::Status Patiently(const ServerContext& context, absl::Time limit, absl::FunctionRef<absl::Status()> act);
   absl::Status CheckBelongs(const Chunk& chunk);
   absl::Status DoWatchChunks(const ServerContext& context, const replay::v1::WatchChunksRequest& request,
                              WatchStream& stream);
@@ -285,6 +292,7 @@ class ReplayServerImpl : public ReplayServer, public replay::v1::ReplayService::
 
   absl::Mutex mu_;
   RunProgress run_ ABSL_GUARDED_BY(mu_);  // as read last; only its identity is used
+  int64_t run_clears_ ABSL_GUARDED_BY(mu_) = 0;  // DataSet::clears at that time
   std::set<ServerContext*> appending_ ABSL_GUARDED_BY(mu_);
   bool stopping_ ABSL_GUARDED_BY(mu_) = false;
 };
@@ -329,29 +337,29 @@ absl::Status ReplayServerImpl::DoAppendChunks(ServerContext& context, AppendStre
     RETURN_IF_ERROR(CheckRun(request.run()));
     if (request.alive_episode_ids_size() > 0) {
       RETURN_IF_ERROR(CheckRange("number of alive_episode_ids", request.alive_episode_ids_size(), 0, kMaxAliveEpisodes));
-      RETURN_IF_ERROR(
-          coordinator_.RenewLeases({request.alive_episode_ids().begin(), request.alive_episode_ids().end()}));
+      const std::vector<int64_t> alive(request.alive_episode_ids().begin(), request.alive_episode_ids().end());
+      RETURN_IF_ERROR(Patiently(context, PatientUntil(context), [&] { return coordinator_.RenewLeases(alive); }));
     }
     if (!request.has_chunk()) continue;
     response.set_episode_id(request.chunk().episode_id());
     response.set_first_row(request.chunk().first_row());
     RETURN_IF_ERROR(AppendOne(context, request));
-    if (!stream.Write(response)) return absl::CancelledError("the caller is gone");
+    if (!stream.Write(response)) break;
   }
-  return absl::OkStatus();
+  return coordinator_.WriteRows();
 }
 
 // OK means: in the store and counted.
 absl::Status ReplayServerImpl::AppendOne(const ServerContext& context, replay::v1::AppendChunksRequest& request) {
-  const absl::Time start = absl::Now();
+  const absl::Time start = absl::Now(), limit = PatientUntil(context);
   ASSIGN_OR_RETURN(const Chunk chunk, FromProto(std::move(*request.mutable_chunk())));
-  RETURN_IF_ERROR(CheckBelongs(chunk));
+  RETURN_IF_ERROR(Patiently(context, limit, [&] { return CheckBelongs(chunk); }));
   // A damaged chunk, or one that a learner could not use, never enters the store.
   const absl::Status usable = CheckPayload(chunk.payload, chunk.info.rows, kMaxDecodedBytes);
   if (!usable.ok()) return Invalid("chunk.payload: ", usable.message());
   const bool repeated = data_set_.Contains(chunk.info.key);
-  RETURN_IF_ERROR(StoreChunk(context, chunk));
-  RETURN_IF_ERROR(coordinator_.RecordChunk(chunk.info));
+  RETURN_IF_ERROR(Patiently(context, limit, [&] { return store_->Append(chunk); }));
+  RETURN_IF_ERROR(Patiently(context, limit, [&] { return coordinator_.RecordChunk(chunk.info); }));
   progress_.Ring();
   metrics_.append_seconds.Observe(absl::ToDoubleSeconds(absl::Now() - start));
   if (repeated) return absl::OkStatus();
@@ -361,14 +369,13 @@ absl::Status ReplayServerImpl::AppendOne(const ServerContext& context, replay::v
   return absl::OkStatus();
 }
 
-// Tries again for a while: a store that was restarted comes back, eviction makes room in a full one.
-absl::Status ReplayServerImpl::StoreChunk(const ServerContext& context, const Chunk& chunk) {
-  const absl::Time limit =
-      std::min(absl::Now() + kAppendPatience, absl::FromChrono(context.deadline()) - kDeadlineMargin);
+// A store that was restarted comes back, eviction makes room in a full one.
+absl::Status ReplayServerImpl::Patiently(const ServerContext& context, absl::Time limit,
+                                         absl::FunctionRef<absl::Status()> act) {
   Backoff backoff(kFirstRetry, kLastRetry);
   while (true) {
     const absl::Time start = absl::Now();
-    const absl::Status status = store_->Append(chunk);
+    const absl::Status status = act();
     const bool full = absl::IsResourceExhausted(status);
     if (!full && !absl::IsUnavailable(status)) return status;
     const bool waited = data_set_.changes().Sleep(std::min(limit, absl::Now() + backoff.Next()));
@@ -383,9 +390,10 @@ absl::Status ReplayServerImpl::CheckBelongs(const Chunk& chunk) {
   auto fits = [&](const RunProgress& run) {
     return run.run_id == chunk.run_id && run.specification_hash == chunk.info.specification_hash;
   };
+  const int64_t clears = data_set_.clears();
   {
     absl::MutexLock lock(&mu_);
-    if (fits(run_)) return absl::OkStatus();
+    if (run_clears_ == clears && fits(run_)) return absl::OkStatus();
   }
   ASSIGN_OR_RETURN(RunProgress run, coordinator_.Progress());
   if (run.run_id != chunk.run_id) {
@@ -399,6 +407,7 @@ absl::Status ReplayServerImpl::CheckBelongs(const Chunk& chunk) {
   }
   absl::MutexLock lock(&mu_);
   run_ = std::move(run);
+  run_clears_ = clears;
   return absl::OkStatus();
 }
 
@@ -501,7 +510,7 @@ absl::StatusOr<SequenceBatch> ReplayServerImpl::DrawBatch(const ServerContext& c
     const std::vector<Sequence> sequences =
         data_set_.Sample(sampler, request.sequence_length(), request.batch_size(), random);
     if (!sequences.empty()) {
-      absl::StatusOr<SequenceBatch> batch = reader_.Open(sequences);
+      absl::StatusOr<SequenceBatch> batch = reader_.Open(sequences, data_set_.clears());
       metrics_.sample_seconds.Observe(absl::ToDoubleSeconds(absl::Now() - start));
       if (!absl::IsNotFound(batch.status())) return batch;
     }
@@ -585,6 +594,7 @@ absl::Status ReplayServerImpl::DoReserveUpdates(const ServerContext& context,
   }
   bool reported = false;
   while (true) {
+    if (context.IsCancelled()) return absl::CancelledError("the caller is gone");  // it may have released the run since
     const int64_t seen = progress_.rings();
     ASSIGN_OR_RETURN(const RunCoordinator::Grant grant,
                      coordinator_.ReserveUpdates(request.generation(), request.updates_done(), request.updates_wanted()));

@@ -8,16 +8,17 @@
 
 namespace orrery {
 namespace {
-constexpr size_t kChunksPerRead = 32;
+constexpr size_t kChunksPerRead = 8;  // each at most kMaxPayloadBytes
 
 std::string Place(const ChunkKey& key) {
   return absl::StrCat("chunk of episode ", key.episode_id, " at row ", key.first_row);
 }
 
-int64_t PayloadBytes(const EncodedRows& rows) { return static_cast<int64_t>(rows.payload().size()); }
+int64_t PayloadBytes(const EncodedRows& rows) { return rows.memory_bytes(); }
 }  // namespace
 
-absl::StatusOr<SequenceBatch> SequenceReader::Open(const std::vector<Sequence>& sequences) {
+absl::StatusOr<SequenceBatch> SequenceReader::Open(const std::vector<Sequence>& sequences, int64_t epoch) {
+  Forget(epoch);
   std::vector<SequenceBatch::Source> chunks;
   std::map<ChunkKey, int32_t> numbers;
   std::vector<std::vector<SequenceBatch::Slice>> slices(sequences.size());
@@ -28,11 +29,11 @@ absl::StatusOr<SequenceBatch> SequenceReader::Open(const std::vector<Sequence>& 
       slices[i].push_back({number->second, slice.begin, slice.rows});
     }
   }
-  RETURN_IF_ERROR(Fill(chunks));
+  RETURN_IF_ERROR(Fill(chunks, epoch));
   return SequenceBatch::Create(std::move(chunks), std::move(slices));
 }
 
-absl::Status SequenceReader::Fill(std::vector<SequenceBatch::Source>& chunks) {
+absl::Status SequenceReader::Fill(std::vector<SequenceBatch::Source>& chunks, int64_t epoch) {
   std::vector<size_t> missing;
   int64_t bytes = 0;
   for (size_t i = 0; i < chunks.size(); ++i) {
@@ -45,7 +46,7 @@ absl::Status SequenceReader::Fill(std::vector<SequenceBatch::Source>& chunks) {
   }
   for (size_t i = 0; i < missing.size(); i += kChunksPerRead) {
     const auto some = absl::MakeConstSpan(missing).subspan(i, kChunksPerRead);
-    RETURN_IF_ERROR(Load(some, chunks));
+    RETURN_IF_ERROR(Load(some, chunks, epoch));
     for (const size_t number : some) bytes += PayloadBytes(*chunks[number].rows);
     if (bytes > SequenceBatch::kMaxBytes) break;
   }
@@ -54,7 +55,7 @@ absl::Status SequenceReader::Fill(std::vector<SequenceBatch::Source>& chunks) {
                                                  " bytes: expected a smaller batch"));
 }
 
-absl::Status SequenceReader::Load(absl::Span<const size_t> numbers, std::vector<SequenceBatch::Source>& chunks) {
+absl::Status SequenceReader::Load(absl::Span<const size_t> numbers, std::vector<SequenceBatch::Source>& chunks, int64_t epoch) {
   std::vector<ChunkKey> keys;
   for (const size_t number : numbers) keys.push_back(chunks[number].key);
   ASSIGN_OR_RETURN(std::vector<std::optional<Chunk>> read, store_->Read(keys));
@@ -64,7 +65,7 @@ absl::Status SequenceReader::Load(absl::Span<const size_t> numbers, std::vector<
     if (!rows.ok()) return Annotate(rows.status(), Place(keys[i]));
     Rows& kept = chunks[numbers[i]].rows;
     kept = std::make_shared<const EncodedRows>(*std::move(rows));
-    Insert(keys[i], kept);
+    Insert(keys[i], kept, epoch);
   }
   return absl::OkStatus();
 }
@@ -77,10 +78,19 @@ SequenceReader::Rows SequenceReader::Find(const ChunkKey& key) {
   return it->second->rows;
 }
 
-void SequenceReader::Insert(const ChunkKey& key, Rows rows) {
+void SequenceReader::Forget(int64_t epoch) {
+  absl::MutexLock lock(&mu_);
+  if (epoch <= epoch_) return;
+  epoch_ = epoch;
+  by_key_.clear();
+  recent_.clear();
+  bytes_ = 0;
+}
+
+void SequenceReader::Insert(const ChunkKey& key, Rows rows, int64_t epoch) {
   const int64_t bytes = PayloadBytes(*rows) + kChunkOverheadBytes;
   absl::MutexLock lock(&mu_);
-  if (by_key_.contains(key) || bytes > cache_bytes_) return;
+  if (epoch != epoch_ || by_key_.contains(key) || bytes > cache_bytes_) return;
   recent_.push_front({key, std::move(rows), bytes});
   by_key_[key] = recent_.begin();
   bytes_ += bytes;

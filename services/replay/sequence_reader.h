@@ -24,11 +24,12 @@ class SequenceReader {
   explicit SequenceReader(Store* store, int64_t cache_bytes = int64_t{256} << 20)
       : store_(store), cache_bytes_(cache_bytes) {}
 
-  // The sequences in the order given. NOT_FOUND: a chunk was evicted meanwhile; draw again. INVALID_ARGUMENT: the batch, or
+  // The sequences in the order given. `epoch` (DataSet::clears) never falls; when it rises, what is cached is forgotten, for keys
+  // may then stand for other rows. NOT_FOUND: a chunk was evicted meanwhile; draw again. INVALID_ARGUMENT: the batch, or
   // the payloads of its chunks, would be above SequenceBatch::kMaxBytes. DATA_LOSS: a chunk is damaged or of other fields.
-  absl::StatusOr<SequenceBatch> Open(const std::vector<Sequence>& sequences);
+  absl::StatusOr<SequenceBatch> Open(const std::vector<Sequence>& sequences, int64_t epoch = 0);
 
-  // What the cache counts for a chunk beside its payload.
+  // What the cache counts for a chunk beside EncodedRows::memory_bytes.
   static constexpr int64_t kChunkOverheadBytes = 1024;
 
  private:
@@ -40,11 +41,12 @@ class SequenceReader {
   };
 
   // Sets the rows of every chunk, in the order given: cached ones, and the others from the store, some at a time.
-  absl::Status Fill(std::vector<SequenceBatch::Source>& chunks);
+  absl::Status Fill(std::vector<SequenceBatch::Source>& chunks, int64_t epoch);
   // Those of the chunks with these numbers from the store.
-  absl::Status Load(absl::Span<const size_t> numbers, std::vector<SequenceBatch::Source>& chunks);
+  absl::Status Load(absl::Span<const size_t> numbers, std::vector<SequenceBatch::Source>& chunks, int64_t epoch);
   Rows Find(const ChunkKey& key);
-  void Insert(const ChunkKey& key, Rows rows);
+  void Forget(int64_t epoch);
+  void Insert(const ChunkKey& key, Rows rows, int64_t epoch);
 
   Store* const store_;
   const int64_t cache_bytes_;
@@ -52,6 +54,7 @@ class SequenceReader {
   std::list<Cached> recent_ ABSL_GUARDED_BY(mu_);  // most recently used first
   std::map<ChunkKey, std::list<Cached>::iterator> by_key_ ABSL_GUARDED_BY(mu_);
   int64_t bytes_ ABSL_GUARDED_BY(mu_) = 0;
+  int64_t epoch_ ABSL_GUARDED_BY(mu_) = 0;  // of all that is cached
 };
 
 }  // namespace orrery

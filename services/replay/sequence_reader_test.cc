@@ -93,6 +93,7 @@ class SequenceReaderTest : public ::testing::Test {
         ASSERT_OK(store_->Append(chunk));
         index_.Append(chunk.info);
         payload_bytes_ = std::max(payload_bytes_, chunk.info.payload_bytes);
+        memory_bytes_ = std::max(memory_bytes_, EncodedRows::Open(chunk.payload, kChunkRows)->memory_bytes());
       }
     }
   }
@@ -103,6 +104,7 @@ class SequenceReaderTest : public ::testing::Test {
   EpisodeIndex index_{kLength};
   int pixels_ = 0;
   int64_t payload_bytes_ = 0;  // of the largest chunk
+  int64_t memory_bytes_ = 0;   // it takes
 };
 
 TEST_F(SequenceReaderTest, OpensTheRowsAskedFor) {
@@ -123,7 +125,7 @@ TEST_F(SequenceReaderTest, OpensTheRowsAskedFor) {
 TEST_F(SequenceReaderTest, KeepsTheChunksUsedLast) {
   Fill(3, 500);
   // Room for two sequences of two chunks.
-  SequenceReader reader(store_.get(), 4 * (payload_bytes_ + SequenceReader::kChunkOverheadBytes));
+  SequenceReader reader(store_.get(), 4 * (memory_bytes_ + SequenceReader::kChunkOverheadBytes));
   ASSERT_OK(reader.Open({At(1, 0)}));
   ASSERT_OK(reader.Open({At(2, 0)}));
   ASSERT_OK(reader.Open({At(1, 0)}));
@@ -136,6 +138,16 @@ TEST_F(SequenceReaderTest, KeepsTheChunksUsedLast) {
   ExpectRows(decoded, {At(3, 2), At(1, 1)}, kLength, pixels_);
   EXPECT_THAT(reader.Open({At(1, 0), At(2, 0)}),
               StatusIs(absl::StatusCode::kNotFound, HasSubstr("chunk of episode 2 at row 0 was evicted")));
+}
+
+// A store that fell back hands out episode numbers again.
+TEST_F(SequenceReaderTest, ForgetsWhatItKeptInANewEpoch) {
+  Fill(1, 500);
+  SequenceReader reader(store_.get());
+  ASSERT_OK(reader.Open({At(1, 0)}, 1));
+  ASSERT_OK(store_->Evict({{1, 0}, {1, kChunkRows}}));
+  ASSERT_OK(reader.Open({At(1, 0)}, 1));
+  EXPECT_THAT(reader.Open({At(1, 0)}, 2), StatusIs(absl::StatusCode::kNotFound, HasSubstr("was evicted")));
 }
 
 TEST_F(SequenceReaderTest, NamesADamagedChunk) {

@@ -74,6 +74,7 @@ absl::StatusOr<planner::v1::ModelState> Find(const Flags& flags, const planner::
 
 absl::Status List(const Flags& flags, const Asked& asked) {
   ASSIGN_OR_RETURN(const planner::v1::ListModelsResponse models, asked.client->ListModels(asked.deadline));
+  if (!flags.model.empty()) RETURN_IF_ERROR(Find(flags, models).status());
   for (const planner::v1::ModelState& state : models.models()) {
     if (flags.model.empty() || state.model() == flags.model) Print(flags, asked.address, state);
   }

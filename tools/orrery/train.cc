@@ -222,6 +222,11 @@ absl::Status Run(const Flags& flags) {
   RETURN_IF_ERROR(CheckFlags(flags));
   ASSIGN_OR_RETURN(const Plan plan, MakePlan(flags));
   RETURN_IF_ERROR(MakeDirectory(plan.run_dir));
+  const config::v1::Learning& learning = plan.experiment.learning();
+  if (flags.offline && !learning.has_max_updates() && !learning.has_max_seconds()) {
+    return absl::InvalidArgumentError(
+        "--offline plays no episodes, so learning.max_episodes does not end it: set learning.max_updates or learning.max_seconds");
+  }
   TrainingRun::Options options;
   options.experiment = plan.experiment;
   options.run_dir = plan.run_dir;
@@ -237,7 +242,7 @@ absl::Status Run(const Flags& flags) {
   run->Start();
   const bool signalled = Watch(*run, plan.experiment);
   if (signalled) std::fprintf(stderr, "stopping: saving a checkpoint\n");
-  run->EndLearning();
+  RETURN_IF_ERROR(run->EndLearning());
   absl::Status evaluated;
   if (flags.offline && !signalled) {
     UnblockShutdownSignals();  // everything is saved

@@ -153,7 +153,7 @@ bool TrainingRun::Running() const {
   return error_.ok() && running_ > 0 && !made_all;
 }
 
-void TrainingRun::EndLearning() {
+absl::Status TrainingRun::EndLearning() {
   // The actor first: what it sends at the end must still arrive.
   if (actor_thread_.joinable()) {
     actor_->Stop();
@@ -164,6 +164,8 @@ void TrainingRun::EndLearning() {
     learner_->Stop();
     learner_thread_.join();
   }
+  absl::MutexLock lock(&mu_);
+  return error_;
 }
 
 absl::Status TrainingRun::ServeNewest() {
@@ -172,7 +174,7 @@ absl::Status TrainingRun::ServeNewest() {
 }
 
 absl::Status TrainingRun::Stop() {
-  EndLearning();
+  const absl::Status ended = EndLearning();
   subscriber_.reset();
   publisher_.Close();
   if (planner_ != nullptr) planner_->Close();
@@ -181,8 +183,7 @@ absl::Status TrainingRun::Stop() {
     host_->Shutdown(absl::Seconds(2));
     host_.reset();
   }
-  absl::MutexLock lock(&mu_);
-  return error_;
+  return ended;
 }
 
 }  // namespace orrery

@@ -47,13 +47,13 @@ class TrainingRun {
   void Start();
   // False once the run is complete, learning.max_updates are made, or learner or actor has ended with an error.
   bool Running() const;
-  // Ends the running episode and learning, saves checkpoint and snapshot. The planner goes on.
-  void EndLearning();
+  // Ends the running episode and learning, saves checkpoint and snapshot. The planner goes on. The first error of actor or learner.
+  absl::Status EndLearning();
   // Has the planner serve the newest snapshot, where there is no actor for which it always does.
   absl::Status ServeNewest();
   // To the services.
   std::shared_ptr<grpc::Channel> Channel() { return host_->InProcessChannel(); }
-  // EndLearning, then ends everything else. The first error of actor or learner.
+  // EndLearning, then ends everything else; the same result.
   absl::Status Stop();
 
   RunTotals totals() const { return log_->totals(); }
