@@ -12,8 +12,10 @@
 namespace orrery {
 namespace {
 
+// Nobody here cancels a call: CANCELLED comes from a server that went away with the call in its hands.
 bool WorthRetrying(absl::StatusCode code) {
-  return code == absl::StatusCode::kUnavailable || code == absl::StatusCode::kResourceExhausted;
+  return code == absl::StatusCode::kUnavailable || code == absl::StatusCode::kResourceExhausted ||
+         code == absl::StatusCode::kCancelled;
 }
 
 // Calls `call(context, response)` until it succeeds, fails for good or the deadline has passed.

@@ -63,10 +63,10 @@ const grpc::Status kAway(grpc::StatusCode::UNAVAILABLE, "no snapshot yet");
 const grpc::Status kFull(grpc::StatusCode::RESOURCE_EXHAUSTED, "the queue is full");
 
 TEST_F(PlannerClientTest, TriesAgainWhileThePlannerIsAwayOrFull) {
-  planner_.script = {kAway, kFull, kAway};
+  planner_.script = {kAway, kFull, grpc::Status::CANCELLED, kAway};
   ASSERT_OK_AND_ASSIGN(const auto response, client_.Act(request_, Soon()));
   EXPECT_EQ(response.results_size(), 2);
-  EXPECT_EQ(planner_.calls, 4u);
+  EXPECT_EQ(planner_.calls, 5u);
 }
 
 TEST_F(PlannerClientTest, ReturnsOtherErrorsAtOnce) {

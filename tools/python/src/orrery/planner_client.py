@@ -21,7 +21,8 @@ from orrery.planner.v1 import planner_pb2
 from orrery.tensors import Observation, to_named_tensor
 
 _SERVICE = "/orrery.planner.v1.PlannerService/"
-_RETRIED = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED})
+# CANCELLED: by a planner that ended with the call in its hands; nobody here cancels.
+_RETRIED = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED})
 # A planner answers these where a belief or the action before belongs to a model of another structure.
 _OTHER_MODEL = frozenset({grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT})
 
