@@ -1,10 +1,12 @@
 #include "libs/client/channel.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "libs/base/status.h"
 #include "libs/client/status.h"
 
 namespace orrery {
@@ -60,17 +62,27 @@ absl::Duration Backoff::Next() {
   return wait;
 }
 
-absl::Status RetryUnavailable(absl::Time deadline, const std::function<grpc::Status(grpc::ClientContext&)>& call) {
-  Backoff backoff;
+absl::Status Retry(absl::Time deadline, RetryOptions options, const std::function<grpc::Status(grpc::ClientContext&)>& call) {
   while (true) {
+    const absl::Time now = absl::Now();
+    const absl::Time until = std::min(deadline, now + std::max((deadline - now) / 2, options.shortest_try));
     grpc::ClientContext context;
-    context.set_deadline(absl::ToChronoTime(deadline));
+    context.set_deadline(absl::ToChronoTime(until));
     const absl::Status status = FromGrpc(call(context));
-    if (status.code() != absl::StatusCode::kUnavailable) return status;
-    const absl::Duration wait = backoff.Next();
-    if (absl::Now() + wait >= deadline) return status;
+    const bool hung = absl::IsDeadlineExceeded(status) && until < deadline;
+    if (!hung && !options.again(status.code())) return status;
+    const absl::Duration wait = options.backoff.Next();
+    if (absl::Now() + wait >= deadline) {
+      return options.what.empty() ? status : Annotate(status, absl::StrCat(options.what, ", until the deadline"));
+    }
     absl::SleepFor(wait);
   }
+}
+
+absl::Status RetryUnavailable(absl::Time deadline, const std::function<grpc::Status(grpc::ClientContext&)>& call) {
+  RetryOptions options;
+  options.again = [](absl::StatusCode code) { return code == absl::StatusCode::kUnavailable; };
+  return Retry(deadline, std::move(options), call);
 }
 
 }  // namespace orrery

@@ -38,8 +38,18 @@ class Backoff {
   std::mt19937_64 random_;
 };
 
-// Calls `call` until it returns another code than UNAVAILABLE or `deadline` has passed; then the last status, OK or not.
-// The call gets a fresh context with the deadline.
+// When a call is tried again.
+struct RetryOptions {
+  bool (*again)(absl::StatusCode code) = nullptr;  // after these errors
+  Backoff backoff;
+  // A try gets half of the time that is left, but at least this, and one that took all its time is followed by another.
+  absl::Duration shortest_try = absl::InfiniteDuration();
+  std::string what;  // in front of the last error when the deadline ends the tries; empty: nothing is
+};
+// Calls `call` until it succeeds, fails for good or `deadline` has passed; then the last status, OK or not. The call gets a fresh
+// context with its deadline each time.
+absl::Status Retry(absl::Time deadline, RetryOptions options, const std::function<grpc::Status(grpc::ClientContext&)>& call);
+// The same until another code than UNAVAILABLE.
 absl::Status RetryUnavailable(absl::Time deadline, const std::function<grpc::Status(grpc::ClientContext&)>& call);
 
 }  // namespace orrery

@@ -1,13 +1,10 @@
 #include "libs/client/planner_client.h"
 
-#include <algorithm>
 #include <functional>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 #include "libs/base/status.h"
 #include "libs/client/channel.h"
-#include "libs/client/status.h"
 
 namespace orrery {
 namespace {
@@ -18,25 +15,20 @@ bool WorthRetrying(absl::StatusCode code) {
          code == absl::StatusCode::kCancelled;
 }
 
-// Calls `call(context, response)` until it succeeds, fails for good or the deadline has passed.
 template <typename Response>
-absl::StatusOr<Response> Retry(absl::Time deadline,
-                               const std::function<grpc::Status(grpc::ClientContext&, Response&)>& call) {
-  Backoff backoff(absl::Milliseconds(20), absl::Seconds(1));
-  while (true) {
-    const absl::Time now = absl::Now();
-    const absl::Time until = std::min(deadline, now + std::max((deadline - now) / 2, PlannerClient::kShortestTry));
-    grpc::ClientContext context;
-    context.set_deadline(absl::ToChronoTime(until));
-    Response response;
-    const absl::Status status = FromGrpc(call(context, response));
-    if (status.ok()) return response;
-    const bool hung = absl::IsDeadlineExceeded(status) && until < deadline;
-    if (!hung && !WorthRetrying(status.code())) return status;
-    const absl::Duration wait = backoff.Next();
-    if (absl::Now() + wait >= deadline) return Annotate(status, "planner, until the deadline");
-    absl::SleepFor(wait);
-  }
+absl::StatusOr<Response> Call(absl::Time deadline,
+                              const std::function<grpc::Status(grpc::ClientContext&, Response&)>& call) {
+  Response response;
+  RETURN_IF_ERROR(Retry(deadline,
+                        {.again = WorthRetrying,
+                         .backoff = Backoff(absl::Milliseconds(20), absl::Seconds(1)),
+                         .shortest_try = PlannerClient::kShortestTry,
+                         .what = "planner"},
+                        [&](grpc::ClientContext& context) {
+                          response.Clear();
+                          return call(context, response);
+                        }));
+  return response;
 }
 
 }  // namespace
@@ -46,7 +38,7 @@ PlannerClient::PlannerClient(std::shared_ptr<grpc::Channel> channel)
 
 absl::StatusOr<planner::v1::ActResponse> PlannerClient::Act(const planner::v1::ActRequest& request, absl::Time deadline) {
   ASSIGN_OR_RETURN(planner::v1::ActResponse response,
-                   Retry<planner::v1::ActResponse>(deadline, [&](auto& context, auto& out) {
+                   Call<planner::v1::ActResponse>(deadline, [&](auto& context, auto& out) {
                      return stub_->Act(&context, request, &out);
                    }));
   if (response.results_size() != request.slots_size()) {
@@ -59,25 +51,25 @@ absl::StatusOr<planner::v1::ActResponse> PlannerClient::Act(const planner::v1::A
 absl::StatusOr<planner::v1::GetModelResponse> PlannerClient::GetModel(const std::string& model, absl::Time deadline) {
   planner::v1::GetModelRequest request;
   request.set_model(model);
-  return Retry<planner::v1::GetModelResponse>(
+  return Call<planner::v1::GetModelResponse>(
       deadline, [&](auto& context, auto& response) { return stub_->GetModel(&context, request, &response); });
 }
 
 absl::StatusOr<planner::v1::ListModelsResponse> PlannerClient::ListModels(absl::Time deadline) {
-  return Retry<planner::v1::ListModelsResponse>(
+  return Call<planner::v1::ListModelsResponse>(
       deadline, [&](auto& context, auto& response) { return stub_->ListModels(&context, {}, &response); });
 }
 
 absl::StatusOr<planner::v1::RollbackResponse> PlannerClient::Rollback(const planner::v1::RollbackRequest& request,
                                                                       absl::Time deadline) {
-  return Retry<planner::v1::RollbackResponse>(
+  return Call<planner::v1::RollbackResponse>(
       deadline, [&](auto& context, auto& response) { return stub_->Rollback(&context, request, &response); });
 }
 
 absl::StatusOr<planner::v1::ResumeResponse> PlannerClient::Resume(const std::string& model, absl::Time deadline) {
   planner::v1::ResumeRequest request;
   request.set_model(model);
-  return Retry<planner::v1::ResumeResponse>(
+  return Call<planner::v1::ResumeResponse>(
       deadline, [&](auto& context, auto& response) { return stub_->Resume(&context, request, &response); });
 }
 

@@ -101,9 +101,12 @@ absl::Status CheckChunk(const Chunk& chunk) {
   return absl::OkStatus();
 }
 
+std::string Place(const ChunkKey& key) {
+  return absl::StrCat("chunk of episode ", key.episode_id, " at row ", key.first_row);
+}
+
 absl::Status OtherContents(const ChunkKey& key) {
-  return absl::AlreadyExistsError(absl::StrCat("chunk of episode ", key.episode_id, " at row ", key.first_row,
-                                               " is already stored with other contents"));
+  return absl::AlreadyExistsError(absl::StrCat(Place(key), " is already stored with other contents"));
 }
 
 absl::Status CheckName(absl::string_view what, absl::string_view name) {

@@ -19,6 +19,8 @@ absl::StatusOr<ChunkInfo> ParseInfoText(absl::string_view text);
 // For people: "random", "train" or "evaluate"; "open", "terminated" or "truncated".
 const char* Name(EpisodeMode mode);
 const char* Name(EpisodeEnd end);
+// For people: "chunk of episode 3 at row 50".
+std::string Place(const ChunkKey& key);
 
 // Orders as the key does: 16 hexadecimal digits of the episode, ':', 16 of the first row.
 std::string KeyText(const ChunkKey& key);

@@ -8,13 +8,10 @@
 
 #include "absl/strings/str_cat.h"
 #include "libs/base/status.h"
+#include "libs/replay/chunk_text.h"
 
 namespace orrery {
 namespace {
-
-std::string Place(const ChunkKey& key) {
-  return absl::StrCat("chunk of episode ", key.episode_id, " at row ", key.first_row);
-}
 
 // Whether all chunks have the fields of the first one.
 absl::Status CheckFields(const std::vector<SequenceBatch::Source>& chunks) {

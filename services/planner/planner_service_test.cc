@@ -75,6 +75,20 @@ class PlannerServiceTest : public ::testing::Test {
     if (!status.ok()) return FromGrpc(status);
     return response;
   }
+  // The answers to requests that are sent at the same time.
+  std::vector<ActResponse> ActTogether(const std::vector<ActRequest>& requests) {
+    std::vector<ActResponse> responses(requests.size());
+    std::vector<std::thread> threads;
+    for (size_t i = 0; i < requests.size(); ++i) {
+      threads.emplace_back([&, i] {
+        absl::StatusOr<ActResponse> response = Act(requests[i]);
+        EXPECT_OK(response);
+        if (response.ok()) responses[i] = *std::move(response);
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    return responses;
+  }
   void ExpectRefused(const ActRequest& request, absl::StatusCode code, const std::string& message) {
     EXPECT_THAT(Act(request), StatusIs(code, HasSubstr(message)));
   }
@@ -363,19 +377,11 @@ TEST_F(PlannerServiceTest, SnapshotsShareABatch) {
   std::vector<ActRequest> requests = {Request("a", 1), Request("b", 1)};
   requests[0].mutable_snapshot_version()->set_generation(1);
   requests[0].mutable_snapshot_version()->set_counter(1);
-  std::vector<ActResponse> alone, together(2);
+  std::vector<ActResponse> alone;
   for (const ActRequest& request : requests) {
     ASSERT_OK_AND_ASSIGN(alone.emplace_back(), Act(request));
   }
-  std::vector<std::thread> threads;
-  for (size_t i = 0; i < 2; ++i) {
-    threads.emplace_back([&, i] {
-      absl::StatusOr<ActResponse> response = Act(requests[i]);
-      EXPECT_OK(response);
-      if (response.ok()) together[i] = *response;
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
+  const std::vector<ActResponse> together = ActTogether(requests);
   for (size_t i = 0; i < 2; ++i) {
     EXPECT_EQ(together[i].snapshot_version().counter(), static_cast<int64_t>(i) + 1);
     ASSERT_EQ(together[i].results_size(), 1);
@@ -510,20 +516,12 @@ TEST_F(PlannerServiceTest, ModelsShareABatch) {
   options_.service.set_max_delay_micros(500000);
   StartTwo();
   std::vector<ActRequest> requests = {RequestTo("champion", 1), RequestTo("challenger", 1)};
-  std::vector<ActResponse> alone, together(2);
+  std::vector<ActResponse> alone;
   for (size_t i = 0; i < 2; ++i) {
     requests[i].set_client_id(absl::StrCat("client", i));
     ASSERT_OK_AND_ASSIGN(alone.emplace_back(), Act(requests[i]));
   }
-  std::vector<std::thread> threads;
-  for (size_t i = 0; i < 2; ++i) {
-    threads.emplace_back([&, i] {
-      absl::StatusOr<ActResponse> response = Act(requests[i]);
-      EXPECT_OK(response);
-      if (response.ok()) together[i] = *response;
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
+  const std::vector<ActResponse> together = ActTogether(requests);
   for (size_t i = 0; i < 2; ++i) {
     ASSERT_EQ(together[i].results_size(), 1);
     ExpectSame(together[i].results(0), alone[i].results(0));

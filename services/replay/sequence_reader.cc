@@ -5,14 +5,11 @@
 
 #include "absl/strings/str_cat.h"
 #include "libs/base/status.h"
+#include "libs/replay/chunk_text.h"
 
 namespace orrery {
 namespace {
 constexpr size_t kChunksPerRead = 8;  // each at most kMaxPayloadBytes
-
-std::string Place(const ChunkKey& key) {
-  return absl::StrCat("chunk of episode ", key.episode_id, " at row ", key.first_row);
-}
 
 int64_t PayloadBytes(const EncodedRows& rows) { return rows.memory_bytes(); }
 }  // namespace
