@@ -22,7 +22,7 @@ namespace {
 
 using torch::Tensor;
 
-// Standard normals of the states [H, N, J, S] of plans [H, N, J, A] in iteration i.
+// Standard normals of the states [H, N, J, S] of plans [H, N, J, A] in iteration i. Empty: the model draws its own.
 using StateNormals = std::function<Tensor(const Tensor& plans, int64_t i)>;
 
 // How plans are made and rolled out.
@@ -34,6 +34,8 @@ struct RolloutOptions {
   int64_t proposals = 0, horizon = 0;  // of the actor: so many plans of that length
   int64_t warm_start_horizon = 0;  // 0: previous plans are not looked at
   bool fixed = true;               // the same operations whatever the numbers are: can be recorded in a graph
+
+  ReturnOptions returns() const { return {.discount = discount, .terminal_value = terminal_value}; }
 };
 
 absl::Status CheckShape(const Tensor& tensor, const std::vector<int64_t>& expected, absl::string_view what) {
@@ -76,12 +78,14 @@ PlanProblem MakeProblem(const WorldModel& model, const PlanRequest& request, con
     problem.previous_plan = request.previous_plan.to(problem.options);
     problem.has_previous = request.has_previous.to(problem.options.dtype(at::kBool));
   }
-  problem.objective = [&model, belief = request.belief, options, normals = std::move(state_normals)](const Tensor& plans,
-                                                                                                     int64_t i) {
+  problem.objective = [&model, belief = request.belief, seeds = request.seeds, options,
+                       normals = std::move(state_normals)](const Tensor& plans, int64_t i) {
+    if (!options.mean_latents && normals == nullptr)
+      return model.ImaginedReturns(belief, plans, SeededNoise{seeds, static_cast<uint32_t>(i)}, options.returns());
     const Tensor noise = options.mean_latents
                              ? at::zeros({plans.size(0), plans.size(1), plans.size(2), model.stochastic_size()}, plans.options())
                              : normals(plans, i);
-    return model.ImaginedReturns(belief, plans, noise, ReturnOptions{.discount = options.discount, .terminal_value = options.terminal_value});
+    return model.ImaginedReturns(belief, plans, noise, options.returns());
   };
   return problem;
 }
@@ -137,9 +141,13 @@ class RolloutPlanner : public Planner {
  private:
   PlanResult Search(const WorldModel& model, const PlanRequest& request, AgentNormals& normals) const {
     torch::NoGradGuard no_grad;
-    PlanProblem problem = MakeProblem(model, request, options_, [&](const Tensor& plans, int64_t) {
-      return normals.Draw({plans.size(0), plans.size(1), plans.size(2), model.stochastic_size()});
-    });
+    StateNormals state_normals;
+    if (!model.DrawsNoise(options_.returns())) {
+      state_normals = [&](const Tensor& plans, int64_t) {
+        return normals.Draw({plans.size(0), plans.size(1), plans.size(2), model.stochastic_size()});
+      };
+    }
+    PlanProblem problem = MakeProblem(model, request, options_, std::move(state_normals));
     problem.normals = [&](at::IntArrayRef sizes) { return normals.Draw(sizes); };
     if (options_.proposals > 0) problem.proposals = ActorPlans(model, request.belief, options_, normals);
     return algorithm_(problem);

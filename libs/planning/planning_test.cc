@@ -146,7 +146,7 @@ TEST_F(BehaviorPlannerTest, ProposalsTakePlacesOfCandidates) {
 
 TEST_F(BehaviorPlannerTest, TerminalValueCountsAtTheEnd) {
   Make("continuous { size: 2 }");
-  const std::string cem = "cem { horizon: 3 iterations: 1 candidates: 8 elites: 8 discount: 0.5 ";
+  const std::string cem = "cem { horizon: 3 iterations: 1 candidates: 8 elites: 8 discount: 0.5 mean_latents: true ";
   ASSERT_OK_AND_ASSIGN(const PlanResult without, Plan(cem + "}"));
   {
     torch::NoGradGuard no_grad;

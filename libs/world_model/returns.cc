@@ -115,22 +115,41 @@ Tensor WorldModel::ImaginedReturns(const LatentState& start, const Tensor& actio
                                    const ReturnOptions& options) const {
   torch::NoGradGuard no_grad;
   const Tensor used = impl_->latents.deterministic() ? at::zeros_like(noise) : noise;
-  if (impl_->can_pack() && !options.terminal_value) return impl_->ReturnsOnCpu(start, actions, used, options);
+  if (impl_->can_pack() && !options.terminal_value) {
+    const Tensor z = used.contiguous();
+    return impl_->ReturnsOnCpu(start, actions, {.noise = z.const_data_ptr<float>()}, options);
+  }
   if (!impl_->bfloat16 || !start.stoch.is_cuda()) return impl_->ReturnsByTorch(start, actions, used, options);
   const auto low = [](const Tensor& x) { return x.to(at::kBFloat16); };
   return impl_->Lowered()->ReturnsByTorch({low(start.deter), low(start.stoch)}, low(actions), used, options);
 }
 
-Tensor WorldModel::Impl::ReturnsOnCpu(const LatentState& start, const Tensor& actions, const Tensor& noise,
+bool WorldModel::DrawsNoise(const ReturnOptions& options) const {
+  return impl_->can_pack() && !options.terminal_value && !impl_->latents.deterministic();
+}
+
+Tensor WorldModel::ImaginedReturns(const LatentState& start, const Tensor& actions, const SeededNoise& noise,
+                                   const ReturnOptions& options) const {
+  torch::NoGradGuard no_grad;
+  TORCH_CHECK(DrawsNoise(options), "this model does not draw the noise of its states itself");
+  TORCH_CHECK(std::ssize(noise.seeds) == actions.size(1), noise.seeds.size(), " seeds for ", actions.size(1), " states");
+  return impl_->ReturnsOnCpu(start, actions, {.seeds = noise.seeds.data(), .draw = noise.draw}, options);
+}
+
+Tensor WorldModel::Impl::ReturnsOnCpu(const LatentState& start, const Tensor& actions, RolloutArrays arrays,
                                       const ReturnOptions& options) const {
-  const Tensor h = start.deter.contiguous(), s = start.stoch.contiguous(), a = actions.contiguous(), z = noise.contiguous();
-  Tensor returns = at::empty({a.size(1), a.size(2)}, h.options());
+  const Tensor h = start.deter.contiguous(), s = start.stoch.contiguous(), a = actions.contiguous();
+  arrays.horizon = a.size(0);
+  arrays.agents = a.size(1);
+  arrays.candidates = a.size(2);
+  Tensor returns = at::empty({arrays.agents, arrays.candidates}, h.options());
+  arrays.deter = h.const_data_ptr<float>();
+  arrays.stoch = s.const_data_ptr<float>();
+  arrays.actions = a.const_data_ptr<float>();
+  arrays.discount = static_cast<float>(options.discount);
+  arrays.returns = returns.mutable_data_ptr<float>();
   const std::shared_ptr<const PackedModel> weights = Packed();
-  Roll(BestRolloutKernel(bfloat16), weights->model,
-       {.horizon = a.size(0), .agents = a.size(1), .candidates = a.size(2), .deter = h.const_data_ptr<float>(),
-        .stoch = s.const_data_ptr<float>(), .actions = a.const_data_ptr<float>(), .noise = z.const_data_ptr<float>(),
-        .discount = static_cast<float>(options.discount), .returns = returns.mutable_data_ptr<float>()},
-       workers.get());
+  Roll(BestRolloutKernel(bfloat16), weights->model, arrays, workers.get());
   return returns;
 }
 

@@ -4,5 +4,5 @@
 #include "libs/world_model/rollout_kernel_inl.h"
 
 namespace orrery {
-const RolloutKernel kRolloutAvx512 = {"avx512", kRows, kPair, RollBlock};
+const RolloutKernel kRolloutAvx512 = {"avx512", kRows, kPair, RollBlock, DrawNormals};
 }  // namespace orrery

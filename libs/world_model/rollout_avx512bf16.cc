@@ -5,5 +5,5 @@
 #include "libs/world_model/rollout_kernel_inl.h"
 
 namespace orrery {
-const RolloutKernel kRolloutAvx512bf16 = {"avx512bf16", kRows, kPair, RollBlock};
+const RolloutKernel kRolloutAvx512bf16 = {"avx512bf16", kRows, kPair, RollBlock, DrawNormals};
 }  // namespace orrery

@@ -39,7 +39,9 @@ struct RolloutArrays {
   const float* deter = nullptr;    // [agents, D]
   const float* stoch = nullptr;    // [agents, S]
   const float* actions = nullptr;  // [horizon, agents, candidates, A]
-  const float* noise = nullptr;    // [horizon, agents, candidates, S]: standard normals
+  const float* noise = nullptr;    // [horizon, agents, candidates, S]: standard normals; null: drawn by the kernel
+  const uint64_t* seeds = nullptr;  // [agents]: what the kernel draws from
+  uint32_t draw = 0;                // which of a seed's draws
   float discount = 1;              // of the k-th reward: discount^k
   float* returns = nullptr;        // [agents, candidates]: sums of the predicted rewards
 };
@@ -54,6 +56,8 @@ struct RolloutKernel {
   int pair;  // features to a word: 1, float32, or 2, bfloat16
   void (*roll_block)(const RolloutModel& model, const RolloutArrays& arrays, int64_t agent, int64_t begin, int64_t rows,
                      float* work);
+  // The normals that it draws at one step: to [count, rows].
+  void (*draw_normals)(uint64_t seed, uint32_t draw, int64_t begin, int64_t step, int64_t count, float* to);
 };
 
 #if defined(__x86_64__)

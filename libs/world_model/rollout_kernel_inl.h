@@ -28,6 +28,7 @@ constexpr int kRows = kLanes * kVectors;  // candidates of a block
 
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t Int __attribute__((vector_size(kLanes * sizeof(int32_t))));
+typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 
 ORRERY_INLINE Vec Load(const float* p) {
   Vec v;
@@ -36,6 +37,7 @@ ORRERY_INLINE Vec Load(const float* p) {
 }
 ORRERY_INLINE void Store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 ORRERY_INLINE Vec Fill(float x) { return x - Vec{}; }
+ORRERY_INLINE Bits FillBits(uint32_t x) { return x - Bits{}; }
 
 #ifdef ORRERY_BFLOAT16
 // Two features in a word of four bytes, the even one in the low half; products are summed in float32.
@@ -73,7 +75,7 @@ ORRERY_INLINE Vec Exp(Vec x) {
   return p * scale;
 }
 
-// log(1 + x) for x in [0, 1], with an absolute error of about 1e-7: twice the artanh of x / (x + 2).
+// log(1 + x) for x in [-0.3, 1], with an absolute error of about 1e-7: twice the artanh of x / (x + 2).
 ORRERY_INLINE Vec Log1p(Vec x) {
   const Vec t = x / (x + 2.0f), t2 = t * t;
   Vec p = Fill(2.0f / 13);
@@ -89,6 +91,88 @@ ORRERY_INLINE Vec Log1p(Vec x) {
 ORRERY_INLINE Vec Sigmoid(Vec x) { return 1.0f / (1.0f + Exp(-x)); }
 ORRERY_INLINE Vec Tanh(Vec x) { return 1.0f - 2.0f / (1.0f + Exp(2.0f * x)); }
 ORRERY_INLINE Vec Softplus(Vec x) { return Max(x, Vec{}) + Log1p(Exp(x > 0.0f ? -x : x)); }
+
+// Both sigmoids with one division; below -40 they stay at that of -40, below 1e-17.
+ORRERY_INLINE void Sigmoids(Vec& a, Vec& b) {
+  const Vec p = 1.0f + Exp(Min(-a, Fill(40.0f))), q = 1.0f + Exp(Min(-b, Fill(40.0f)));
+  const Vec inverse = 1.0f / (p * q);
+  a = inverse * q;
+  b = inverse * p;
+}
+
+// log(x) for x in (0, 1].
+ORRERY_INLINE Vec Log(Vec x) {
+  constexpr int32_t kRootOfHalf = 0x3f3504f3;  // the bits of sqrt(1 / 2)
+  const Int exponent = ((Int)x - kRootOfHalf) >> 23;
+  const Vec fraction = (Vec)((Int)x - (exponent << 23));  // in [sqrt(1 / 2), sqrt(2))
+  return __builtin_convertvector(exponent, Vec) * 0.693147181f + Log1p(fraction - 1.0f);
+}
+
+// By Newton's iteration for 1 / sqrt(x), from a guess by the exponent.
+ORRERY_INLINE Vec Sqrt(Vec x) {
+  Vec root = (Vec)(0x5f3759df - ((Int)x >> 1));
+  for (int i = 0; i < 3; ++i) root = root * (1.5f - 0.5f * x * root * root);
+  return x * root;
+}
+
+// Sine and cosine of 2 pi x for x in [0, 1]: Taylor's series within a quadrant.
+ORRERY_INLINE void SineCosine(Vec x, Vec& sine, Vec& cosine) {
+  constexpr float kRound = 12582912.0f;  // as in Exp
+  const Vec nearest = (4.0f * x + kRound) - kRound, y = (4.0f * x - nearest) * 1.57079633f, y2 = y * y;
+  const Vec s = y + y * y2 * (-1.0f / 6 + y2 * (1.0f / 120 + y2 * (-1.0f / 5040 + y2 * (1.0f / 362880))));
+  const Vec c = 1.0f + y2 * (-0.5f + y2 * (1.0f / 24 + y2 * (-1.0f / 720 + y2 * (1.0f / 40320))));
+  const Int quadrant = __builtin_convertvector(nearest, Int);
+  const Vec over = (quadrant & 1) != 0 ? c : s, across = (quadrant & 1) != 0 ? s : c;
+  sine = (quadrant & 2) != 0 ? -over : over;
+  cosine = ((quadrant + 1) & 2) != 0 ? -across : across;
+}
+
+// In place: counters to random words, by Threefry-4x32 with 20 rounds (Salmon et al., "Parallel random numbers: as easy as
+// 1, 2, 3", 2011).
+ORRERY_INLINE void Threefry(const uint32_t (&key)[4], Bits (&x)[4]) {
+  constexpr int kRotations[8][2] = {{10, 26}, {11, 21}, {13, 27}, {23, 5}, {6, 20}, {17, 11}, {25, 10}, {18, 20}};
+  const uint32_t keys[5] = {key[0], key[1], key[2], key[3], 0x1bd11bda ^ key[0] ^ key[1] ^ key[2] ^ key[3]};
+  const auto rotate = [](Bits bits, int by) ORRERY_LAMBDA { return bits << by | bits >> (32 - by); };
+  for (int i = 0; i < 4; ++i) x[i] += keys[i];
+#pragma GCC unroll 20
+  for (int round = 0; round < 20; ++round) {
+    const int odd = round % 2 == 0 ? 1 : 3, other = 4 - odd;
+    x[0] += x[odd];
+    x[odd] = rotate(x[odd], kRotations[round % 8][0]) ^ x[0];
+    x[2] += x[other];
+    x[other] = rotate(x[other], kRotations[round % 8][1]) ^ x[2];
+    if (round % 4 != 3) continue;
+    for (int i = 0; i < 4; ++i) x[i] += keys[(round / 4 + 1 + i) % 5];
+    x[3] += static_cast<uint32_t>(round / 4 + 1);
+  }
+}
+
+// Two standard normals of two random words (Box and Muller 1958). Words have 24 bits here, so that none is above 5.8.
+ORRERY_INLINE void ToNormals(Bits u, Bits v, Vec& first, Vec& second) {
+  const auto uniform = [](Bits bits) ORRERY_LAMBDA { return __builtin_convertvector((Int)(bits >> 8), Vec) * 0x1p-24f; };
+  const Vec radius = Sqrt(-2.0f * Log(uniform(u) + 0x1p-24f));
+  SineCosine(uniform(v), second, first);
+  first *= radius;
+  second *= radius;
+}
+
+// Standard normals of `count` features of the candidates `begin` to begin + kRows at one step. Each depends on its candidate,
+// step and feature, the seed and the draw alone.
+void DrawNormals(uint64_t seed, uint32_t draw, int64_t begin, int64_t step, int64_t count, float* to) {
+  const uint32_t key[4] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), 0, 0};
+  for (int v = 0; v < kRows; v += kLanes) {
+    Bits candidate;
+    for (int lane = 0; lane < kLanes; ++lane) candidate[lane] = static_cast<uint32_t>(begin + v + lane);
+    for (int64_t i = 0; i < count; i += 4) {
+      Bits x[4] = {candidate, FillBits(static_cast<uint32_t>(step)), FillBits(static_cast<uint32_t>(i / 4)), FillBits(draw)};
+      Threefry(key, x);
+      Vec normals[4];
+      ToNormals(x[0], x[1], normals[0], normals[1]);
+      ToNormals(x[2], x[3], normals[2], normals[3]);
+      for (int k = 0; k < 4 && i + k < count; ++k) Store(to + (i + k) * kRows + v, normals[k]);
+    }
+  }
+}
 
 // How features are given to a layer: rows of kRows words, kPair features each; an odd last one has a zero beside it.
 template <typename Function>
@@ -164,7 +248,8 @@ void Transpose(const float* from, int64_t rows, int64_t width, float* to) {
 // In place: h = n + z (h - n), n = tanh(input + r * recurrent), with r and z the sigmoids of `reset_update`.
 void Gates(const float* reset_update, const float* input, const float* recurrent, int64_t d, float* h) {
   for (int64_t i = 0; i < d * kRows; i += kLanes) {
-    const Vec r = Sigmoid(Load(reset_update + i)), z = Sigmoid(Load(reset_update + d * kRows + i));
+    Vec r = Load(reset_update + i), z = Load(reset_update + d * kRows + i);
+    Sigmoids(r, z);
     const Vec n = Tanh(Load(input + i) + r * Load(recurrent + i));
     Store(h + i, n + z * (Load(h + i) - n));
   }
@@ -217,7 +302,11 @@ void RollBlock(const RolloutModel& m, const RolloutArrays& arrays, int64_t agent
     Apply(m.prior_hidden, h, raw);
     PutActivated(m.activation, raw, m.hidden, inner);
     Apply(m.prior_out, inner, raw);
-    Transpose(arrays.noise + (t * all + row) * m.stoch, rows, m.stoch, given);
+    if (arrays.noise != nullptr) {
+      Transpose(arrays.noise + (t * all + row) * m.stoch, rows, m.stoch, given);
+    } else {
+      DrawNormals(arrays.seeds[agent], arrays.draw, begin, t, m.stoch, given);
+    }
     Sample(raw, m.min_std, m.stoch, given);
     Put(given, m.stoch, s);
 

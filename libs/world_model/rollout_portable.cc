@@ -4,5 +4,5 @@
 #include "libs/world_model/rollout_kernel_inl.h"
 
 namespace orrery {
-const RolloutKernel kRolloutPortable = {"portable", kRows, kPair, RollBlock};
+const RolloutKernel kRolloutPortable = {"portable", kRows, kPair, RollBlock, DrawNormals};
 }  // namespace orrery

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "libs/config/config.h"
 #include "libs/world_model/latents.h"
 #include "libs/world_model/parallel_rows.h"
@@ -79,6 +80,12 @@ struct ReturnOptions {
   bool terminal_value = false;  // adds discount^H times the value of the last state; needs model.behavior
 };
 
+// Standard normals that ImaginedReturns draws itself: those of state n from seeds[n] alone, others for every `draw`.
+struct SeededNoise {
+  absl::Span<const uint64_t> seeds;  // [N]
+  uint32_t draw = 0;
+};
+
 // Not thread-safe while parameters change; const calls under torch::NoGradGuard or InferenceMode may run side by side.
 class WorldModel : public torch::nn::Module {
  public:
@@ -136,6 +143,10 @@ class WorldModel : public torch::nn::Module {
   // normals [H, N, J, S]. Without gradient. Gaussian models with a GRU on the CPU by the kernels of rollout.h.
   torch::Tensor ImaginedReturns(const LatentState& start, const torch::Tensor& actions, const torch::Tensor& noise,
                                 const ReturnOptions& options = {}) const;
+  // The same with normals drawn on the way, which is faster than to give them. Only where DrawsNoise: by the kernels.
+  torch::Tensor ImaginedReturns(const LatentState& start, const torch::Tensor& actions, const SeededNoise& noise,
+                                const ReturnOptions& options = {}) const;
+  bool DrawsNoise(const ReturnOptions& options = {}) const;
 
   // The weights that a kernel takes.
   std::unique_ptr<PackedModel> PackForRollouts(const RolloutKernel& kernel) const;

@@ -127,7 +127,8 @@ struct WorldModel::Impl {
   bool can_pack() const;
   torch::Tensor ReturnsByTorch(const LatentState& start, const torch::Tensor& actions, const torch::Tensor& noise,
                                const ReturnOptions& options) const;
-  torch::Tensor ReturnsOnCpu(const LatentState& start, const torch::Tensor& actions, const torch::Tensor& noise,
+  // `arrays` has the noise, or says how it is drawn.
+  torch::Tensor ReturnsOnCpu(const LatentState& start, const torch::Tensor& actions, RolloutArrays arrays,
                              const ReturnOptions& options) const;
   // The weights as rollouts on the CPU take them, packed anew when a parameter has changed.
   std::shared_ptr<const PackedModel> Packed() const;

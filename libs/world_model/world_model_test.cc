@@ -1,5 +1,11 @@
 #include "libs/world_model/world_model.h"
 
+#include <array>
+#include <bit>
+#include <cmath>
+#include <numbers>
+#include <vector>
+
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "libs/base/status_matchers.h"
@@ -306,6 +312,90 @@ TEST_P(ActivationTest, RolloutKernelsGiveTheReturnsOfTheModel) {
   Tensor broken = actions.clone();
   broken[1][0][3][0] = std::numeric_limits<float>::quiet_NaN();
   EXPECT_EQ(model->ImaginedReturns(start, broken, noise).isnan().sum().item<int64_t>(), 1);
+}
+
+// Threefry-4x32 with 20 rounds, written down from the paper (Salmon et al. 2011) word by word.
+std::array<uint32_t, 4> Threefry(std::array<uint32_t, 4> x, const std::array<uint32_t, 4>& key) {
+  const int rotations[8][2] = {{10, 26}, {11, 21}, {13, 27}, {23, 5}, {6, 20}, {17, 11}, {25, 10}, {18, 20}};
+  const uint32_t keys[5] = {key[0], key[1], key[2], key[3], 0x1bd11bda ^ key[0] ^ key[1] ^ key[2] ^ key[3]};
+  for (size_t i = 0; i < 4; ++i) x[i] += keys[i];
+  for (uint32_t round = 0; round < 20; ++round) {
+    const size_t a = round % 2 == 0 ? 1 : 3, b = 4 - a;
+    x[0] += x[a];
+    x[a] = std::rotl(x[a], rotations[round % 8][0]) ^ x[0];
+    x[2] += x[b];
+    x[b] = std::rotl(x[b], rotations[round % 8][1]) ^ x[2];
+    if (round % 4 != 3) continue;
+    const uint32_t group = round / 4 + 1;
+    for (size_t i = 0; i < 4; ++i) x[i] += keys[(group + i) % 5];
+    x[3] += group;
+  }
+  return x;
+}
+
+// Number `k` of the normals of a candidate at a step, in double precision.
+double ExpectedNormal(uint64_t seed, uint32_t draw, uint32_t candidate, uint32_t step, uint32_t k) {
+  const auto words = Threefry({candidate, step, k / 4, draw}, {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), 0, 0});
+  const uint32_t u = words[k % 4 / 2 * 2] >> 8, v = words[k % 4 / 2 * 2 + 1] >> 8;
+  const double radius = std::sqrt(-2 * std::log(std::ldexp(u + 1.0, -24))), angle = 2 * std::numbers::pi * std::ldexp(v, -24);
+  return radius * (k % 2 == 0 ? std::cos(angle) : std::sin(angle));
+}
+
+// The expected words are Random123's known answers for threefry4x32 with 20 rounds.
+TEST(RolloutKernels, DrawTheNormalsOfThreefry) {
+  using Words = std::array<uint32_t, 4>;
+  EXPECT_EQ(Threefry({}, {}), (Words{0x9c6ca96a, 0xe17eae66, 0xfc10ecd4, 0x5256a7d8}));
+  const uint32_t ones = 0xffffffff;
+  EXPECT_EQ(Threefry({ones, ones, ones, ones}, {ones, ones, ones, ones}),
+            (Words{0x2a881696, 0x57012287, 0xf6c7446e, 0xa16a6732}));
+  const int64_t count = 7;
+  const uint64_t seed = 0x0123456789abcdef;
+  for (const RolloutKernel& kernel : RolloutKernels()) {
+    double sum = 0, squares = 0;
+    const int64_t blocks = 200;
+    for (int64_t block = 0; block < blocks; ++block) {
+      std::vector<float> drawn(static_cast<size_t>(count * kernel.rows));
+      kernel.draw_normals(seed, /*draw=*/3, block * kernel.rows, /*step=*/11, count, drawn.data());
+      for (int64_t i = 0; i < std::ssize(drawn); ++i) {
+        const auto candidate = static_cast<uint32_t>(block * kernel.rows + i % kernel.rows);
+        const double expected = ExpectedNormal(seed, 3, candidate, 11, static_cast<uint32_t>(i / kernel.rows));
+        ASSERT_NEAR(drawn[static_cast<size_t>(i)], expected, 2e-6) << kernel.name << " candidate " << candidate;
+        sum += expected;
+        squares += expected * expected;
+      }
+    }
+    // Of so many normals, within five standard deviations.
+    const double n = static_cast<double>(blocks * count * kernel.rows);
+    EXPECT_NEAR(sum / n, 0, 5 / std::sqrt(n));
+    EXPECT_NEAR(squares / n, 1, 5 * std::sqrt(2 / n));
+  }
+}
+
+// What is drawn on the way is what one would have given, whatever else is computed beside it.
+TEST(WorldModel, ReturnsWithDrawnNoiseAreThoseWithTheSameNoiseGiven) {
+  const auto model = Make(SmallConfig());
+  ASSERT_TRUE(model->DrawsNoise());
+  config::v1::Model normalised = SmallConfig();
+  normalised.set_layer_norm(true);
+  EXPECT_FALSE(Make(normalised)->DrawsNoise());
+  const int64_t h = 4, j = 37, s = model->stochastic_size();
+  const LatentState start{at::randn({2, model->deterministic_size()}), at::randn({2, s})};
+  const Tensor actions = at::rand({h, 2, j, 2}) * 2 - 1;
+  const std::vector<uint64_t> seeds = {5, uint64_t{6} << 40};
+  const uint32_t draw = 9;
+  Tensor noise = at::empty({h, 2, j, s});
+  auto given = noise.accessor<float, 4>();
+  for (int64_t t = 0; t < h; ++t)
+    for (int64_t n = 0; n < 2; ++n)
+      for (int64_t c = 0; c < j; ++c)
+        for (int64_t k = 0; k < s; ++k)
+          given[t][n][c][k] = static_cast<float>(ExpectedNormal(seeds[static_cast<size_t>(n)], draw, static_cast<uint32_t>(c),
+                                                                static_cast<uint32_t>(t), static_cast<uint32_t>(k)));
+  const Tensor together = model->ImaginedReturns(start, actions, SeededNoise{seeds, draw});
+  EXPECT_TRUE(Near(together, model->ImaginedReturns(start, actions, noise), 1e-5));
+  const Tensor alone = model->ImaginedReturns({start.deter.narrow(0, 1, 1), start.stoch.narrow(0, 1, 1)}, actions.narrow(1, 1, 1),
+                                              SeededNoise{{&seeds[1], 1}, draw});
+  EXPECT_TRUE(at::equal(alone, together.narrow(0, 1, 1)));
 }
 
 // Without overshooting: its targets are constants of the loss, which differences of the loss do not know.
