@@ -129,7 +129,7 @@ TEST_P(FamilyTest, SequenceFollowsTheStepByStepModel) {
   }
 }
 
-// Rollouts by LibTorch or by kernels: the sum of Reward over Predict and Sample.
+// Rollouts by LibTorch or by kernels: the sum of Reward over Predict and Sample, as long as Continue says that there is one.
 TEST_P(FamilyTest, ReturnsAreSumsOfRewards) {
   const auto model = *WorldModel::Create(case_.config, 1);
   torch::NoGradGuard no_grad;
@@ -139,11 +139,12 @@ TEST_P(FamilyTest, ReturnsAreSumsOfRewards) {
   Tensor expected = at::zeros({n, j});
   for (int64_t c = 0; c < j; ++c) {
     LatentState state = start;
-    double weight = 1;
-    for (int64_t t = 0; t < h; ++t, weight *= 0.8) {
+    Tensor weight = at::ones({n});
+    for (int64_t t = 0; t < h; ++t) {
       const Predicted predicted = model->Predict(state, actions[t].select(1, c));
       state = {predicted.deter, model->latents().Sample(predicted.prior, noise[t].select(1, c))};
-      expected.select(1, c).add_(model->Reward(state), weight);
+      expected.select(1, c).add_(weight * model->Reward(state));
+      weight = 0.8 * weight * model->Continue(state);
     }
   }
   EXPECT_TRUE(Near(model->ImaginedReturns(start, actions, noise, {.discount = 0.8}), expected, 1e-5));

@@ -22,16 +22,6 @@ RolloutActivation ToRollout(Activation activation) {
 // to launch, which is what small plans wait for, at the price of memory.
 constexpr int64_t kRowsTogether = 1 << 17;
 
-// Adds rewards [H, N] to `total` [N].
-void AddDiscounted(const Tensor& rewards, double discount, Tensor& total) {
-  if (discount == 1) {
-    total.add_(rewards.sum(0));
-    return;
-  }
-  double weight = 1;
-  for (int64_t t = 0; t < rewards.size(0); ++t, weight *= discount) total.add_(rewards[t], weight);
-}
-
 }  // namespace
 
 std::unique_ptr<PackedModel> WorldModel::PackForRollouts(const RolloutKernel& kernel) const {
@@ -62,17 +52,21 @@ std::unique_ptr<PackedModel> WorldModel::Impl::Pack(const RolloutKernel& kernel)
   m.candidate_recurrent = pack->Layer({candidate(gru_weight_hh)}, candidate(gru_bias_hh));
   m.prior_hidden = pack->Layer({prior_hidden.weight}, prior_hidden.bias);
   m.prior_out = pack->Layer({prior_out.weight}, prior_out.bias);
-  std::vector<Layer> head = reward.hidden;
-  head.push_back(reward.out);
-  std::vector<RolloutLayer> layers;
   m.widest = std::max(m.hidden, 2 * stoch);
-  for (const Layer& layer : head) {
-    const Tensor& w = layer.weight;
-    layers.push_back(layers.empty() ? pack->Layer({w.narrow(1, 0, deter), w.narrow(1, deter, stoch)}, layer.bias)
-                                    : pack->Layer({w}, layer.bias));
-    m.widest = std::max(m.widest, w.size(0));
-  }
-  pack->SetReward(std::move(layers));
+  const auto pack_head = [&](const Mlp& mlp) {
+    std::vector<Layer> head = mlp.hidden;
+    head.push_back(mlp.out);
+    std::vector<RolloutLayer> layers;
+    for (const Layer& layer : head) {
+      const Tensor& w = layer.weight;
+      layers.push_back(layers.empty() ? pack->Layer({w.narrow(1, 0, deter), w.narrow(1, deter, stoch)}, layer.bias)
+                                      : pack->Layer({w}, layer.bias));
+      m.widest = std::max(m.widest, w.size(0));
+    }
+    return pack->Head(std::move(layers));
+  };
+  m.reward = pack_head(reward);
+  if (config.has_continue_head()) m.goes_on = pack_head(continues);
   return pack;
 }
 
@@ -162,10 +156,17 @@ Tensor WorldModel::Impl::ReturnsByTorch(const LatentState& start, const Tensor& 
   const auto rewards_of = [&](const Tensor& feature) {
     return PlannedReward(config.reward().transform(), PredictReward(feature).mean.to(sum_type));
   };
+  const auto continue_of = [&](const Tensor& feature) {
+    return config.has_continue_head() ? ContinueOf(feature).to(sum_type) : Tensor();
+  };
   const bool together = !actions.is_cpu() && h * rows <= kRowsTogether;
   const Tensor action_parts = together ? ActionPart(actions.reshape({h, rows, action_size})) : Tensor();
   LatentState state{spread(start.deter), spread(start.stoch)};
-  Tensor total = at::zeros({rows}, start.stoch.options().dtype(sum_type));
+  Tensor total = at::zeros({rows}, start.stoch.options().dtype(sum_type)), reached;  // the chance of getting there; undefined: 1
+  const auto add = [&](const Tensor& rewards, const Tensor& goes_on, double weight) {
+    total.add_(reached.defined() ? rewards * reached : rewards, weight);
+    if (goes_on.defined()) reached = reached.defined() ? reached * goes_on : goes_on;
+  };
   std::vector<Tensor> features;
   double weight = 1;
   for (int64_t t = 0; t < h; ++t, weight *= options.discount) {
@@ -177,11 +178,20 @@ Tensor WorldModel::Impl::ReturnsByTorch(const LatentState& start, const Tensor& 
     if (together) {
       features.push_back(feature);
     } else {
-      total.add_(rewards_of(feature), weight);
+      add(rewards_of(feature), continue_of(feature), weight);
     }
   }
-  if (together) AddDiscounted(rewards_of(at::cat(features)).view({h, rows}), options.discount, total);
-  if (options.terminal_value) total.add_(ValueOf(at::cat({state.deter, state.stoch}, -1)), weight);
+  if (together) {
+    const Tensor all = at::cat(features), rewards = rewards_of(all).view({h, rows});
+    const Tensor goes_on = config.has_continue_head() ? continue_of(all).view({h, rows}) : Tensor();
+    if (options.discount == 1 && !goes_on.defined()) {
+      add(rewards.sum(0), {}, 1);
+    } else {
+      double k = 1;
+      for (int64_t t = 0; t < h; ++t, k *= options.discount) add(rewards[t], goes_on.defined() ? goes_on[t] : Tensor(), k);
+    }
+  }
+  if (options.terminal_value) add(ValueOf(at::cat({state.deter, state.stoch}, -1)), {}, weight);
   return total.view({n, j});
 }
 

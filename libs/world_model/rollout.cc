@@ -27,10 +27,9 @@ RolloutLayer PackedModel::Layer(const std::vector<Tensor>& weights, const Tensor
   return {inputs, outputs, packed.data(), biases.data()};
 }
 
-void PackedModel::SetReward(std::vector<RolloutLayer> layers) {
-  reward_ = std::move(layers);
-  model.reward = reward_.data();
-  model.reward_layers = static_cast<int64_t>(reward_.size());
+RolloutHead PackedModel::Head(std::vector<RolloutLayer> layers) {
+  const std::vector<RolloutLayer>& head = heads_.emplace_back(std::move(layers));
+  return {head.data(), std::ssize(head)};
 }
 
 std::vector<RolloutKernel> RolloutKernels() {

@@ -22,14 +22,14 @@ class PackedModel {
 
   // weights [N, K_i] of inputs that lie one after another, bias [N], on any device.
   RolloutLayer Layer(const std::vector<torch::Tensor>& weights, const torch::Tensor& bias);
-  void SetReward(std::vector<RolloutLayer> layers);
+  RolloutHead Head(std::vector<RolloutLayer> layers);
 
   RolloutModel model;
 
  private:
   const int pair_;
   std::deque<std::vector<float>> storage_;
-  std::vector<RolloutLayer> reward_;
+  std::deque<std::vector<RolloutLayer>> heads_;
 };
 
 // Kernels that this processor can run, the fastest first. Those with bfloat16 round weights and activations to 8 bits of

@@ -18,6 +18,12 @@ struct RolloutLayer {
   const float* bias = nullptr;
 };
 
+// Of [h | s]; the last layer has one output.
+struct RolloutHead {
+  const RolloutLayer* layers = nullptr;
+  int64_t count = 0;  // 0: there is none
+};
+
 // A model with Gaussian RSSM latents: x = act(input [s | action]); h = GRU(x, h); s ~ prior(h); reward of [h | s].
 struct RolloutModel {
   int64_t deter = 0, stoch = 0, hidden = 0, action = 0;
@@ -29,8 +35,8 @@ struct RolloutModel {
   RolloutLayer candidate_input;      // x
   RolloutLayer candidate_recurrent;  // h
   RolloutLayer prior_hidden, prior_out;
-  const RolloutLayer* reward = nullptr;  // [h | s]; the last gives the reward
-  int64_t reward_layers = 0;
+  RolloutHead reward;
+  RolloutHead goes_on;  // logit of going on
 };
 
 // Row-major float32.
@@ -43,7 +49,7 @@ struct RolloutArrays {
   const uint64_t* seeds = nullptr;  // [agents]: what the kernel draws from
   uint32_t draw = 0;                // which of a seed's draws
   float discount = 1;              // of the k-th reward: discount^k
-  float* returns = nullptr;        // [agents, candidates]: sums of the predicted rewards
+  float* returns = nullptr;        // [agents, candidates]: sums of the predicted rewards, each times the chance of getting there
 };
 
 // Rows of scratch that a kernel needs; a row holds `rows` floats.

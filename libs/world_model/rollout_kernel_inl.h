@@ -263,6 +263,14 @@ void Sample(const float* mean_raw, float min_std, int64_t size, float* noise) {
   }
 }
 
+// A head's output to the first row of `raw`.
+void ApplyHead(const RolloutModel& m, const RolloutHead& head, const float* features, float* inner, float* raw) {
+  for (int64_t i = 0; i < head.count; ++i) {
+    Apply(head.layers[i], i == 0 ? features : inner, raw);
+    if (i + 1 < head.count) PutActivated(m.activation, raw, head.layers[i].outputs, inner);
+  }
+}
+
 // One block: candidates `begin` to `begin + rows` of one agent. `work` begins with the features x, h, s and action, one after
 // another, so that [x | h], [h | s] and [s | action] are each the input of a layer.
 void RollBlock(const RolloutModel& m, const RolloutArrays& arrays, int64_t agent, int64_t begin, int64_t rows, float* work) {
@@ -286,9 +294,9 @@ void RollBlock(const RolloutModel& m, const RolloutArrays& arrays, int64_t agent
   Put(state, m.deter, h);
   spread(arrays.stoch + agent * m.stoch, m.stoch, given);
   Put(given, m.stoch, s);
-  Vec total[kVectors] = {};
-  float weight = 1;
-  for (int64_t t = 0; t < arrays.horizon; ++t, weight *= arrays.discount) {
+  Vec total[kVectors] = {}, weight[kVectors];
+  for (Vec& w : weight) w = Fill(1.0f);
+  for (int64_t t = 0; t < arrays.horizon; ++t) {
     Transpose(arrays.actions + (t * all + row) * m.action, rows, m.action, given);
     Put(given, m.action, action);
     Apply(m.input, s, raw);
@@ -310,11 +318,14 @@ void RollBlock(const RolloutModel& m, const RolloutArrays& arrays, int64_t agent
     Sample(raw, m.min_std, m.stoch, given);
     Put(given, m.stoch, s);
 
-    for (int64_t i = 0; i < m.reward_layers; ++i) {
-      Apply(m.reward[i], i == 0 ? h : inner, raw);
-      if (i + 1 < m.reward_layers) PutActivated(m.activation, raw, m.reward[i].outputs, inner);
+    ApplyHead(m, m.reward, h, inner, raw);
+    for (int v = 0; v < kVectors; ++v) {
+      total[v] += weight[v] * Load(raw + v * kLanes);
+      weight[v] *= arrays.discount;
     }
-    for (int v = 0; v < kVectors; ++v) total[v] += weight * Load(raw + v * kLanes);
+    if (m.goes_on.count == 0) continue;
+    ApplyHead(m, m.goes_on, h, inner, raw);
+    for (int v = 0; v < kVectors; ++v) weight[v] *= Sigmoid(Load(raw + v * kLanes));
   }
   float returns[kRows];
   for (int v = 0; v < kVectors; ++v) Store(returns + v * kLanes, total[v]);

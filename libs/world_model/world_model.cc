@@ -298,8 +298,7 @@ Tensor WorldModel::Reward(const LatentState& state) const {
 
 Tensor WorldModel::Continue(const LatentState& state) const {
   if (!impl_->config.has_continue_head()) return at::ones({state.stoch.size(0)}, impl_->options());
-  const Mlp& head = impl_->continues;
-  return at::sigmoid(head.out(head.Feature(impl_->activation, Feature(state)))).squeeze(-1);
+  return impl_->ContinueOf(Feature(state));
 }
 
 Tensor WorldModel::ActorOutputs(const LatentState& state) const {

@@ -140,7 +140,8 @@ class WorldModel : public torch::nn::Module {
   // Draws the noise that Loss needs.
   LossNoise DrawNoise(int64_t t, int64_t b, torch::Generator& generator, bool with_overshooting) const;
   // Sums [N, J] of the predicted rewards of J open-loop rollouts from each of N states: actions [H, N, J, A], standard
-  // normals [H, N, J, S]. Without gradient. Gaussian models with a GRU on the CPU by the kernels of rollout.h.
+  // normals [H, N, J, S]. With a continue head each reward, and the terminal value, counts by the product of what it predicted
+  // for the states before. Without gradient. Gaussian models with a GRU on the CPU by the kernels of rollout.h.
   torch::Tensor ImaginedReturns(const LatentState& start, const torch::Tensor& actions, const torch::Tensor& noise,
                                 const ReturnOptions& options = {}) const;
   // The same with normals drawn on the way, which is faster than to give them. Only where DrawsNoise: by the kernels.

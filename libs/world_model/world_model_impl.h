@@ -75,6 +75,10 @@ struct WorldModel::Impl {
   torch::Tensor ByWorkers(const std::function<torch::Tensor(const torch::Tensor&)>& f, const torch::Tensor& x,
                           const std::vector<Layer>& layers) const;
   RewardPrediction PredictReward(const torch::Tensor& feature) const;
+  // Probability of going on [N] of features [N, D + S]; with a continue head only.
+  torch::Tensor ContinueOf(const torch::Tensor& feature) const {
+    return at::sigmoid(continues.out(continues.Feature(activation, feature))).squeeze(-1);
+  }
   torch::Tensor ValueOf(const torch::Tensor& feature) const;
 
   // Dynamics (dynamics.cc).
