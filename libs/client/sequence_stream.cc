@@ -11,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "libs/base/status.h"
+#include "libs/client/channel.h"
 #include "libs/client/chunk_proto.h"
 #include "libs/client/status.h"
 #include "libs/replay/sequence_batch.h"
@@ -36,6 +37,7 @@ class BatchAssembler {
       if (sequence.slices_size() > options_.sequence_length) {
         return Wrong("a sequence of ", sequence.slices_size(), " slices: expected ", options_.sequence_length, " rows");
       }
+      probabilities_.push_back(sequence.probability());
       std::vector<SequenceBatch::Slice>& slices = sequences_.emplace_back();
       for (const auto& slice : sequence.slices()) slices.push_back({slice.chunk(), slice.begin(), slice.rows()});
     }
@@ -45,7 +47,8 @@ class BatchAssembler {
 
   absl::StatusOr<SequenceBatch> Take() {
     if (static_cast<int64_t>(sequences_.size()) != options_.batch_size) return WrongSequences();
-    absl::StatusOr<SequenceBatch> batch = SequenceBatch::Create(std::move(chunks_), std::move(sequences_));
+    absl::StatusOr<SequenceBatch> batch =
+        SequenceBatch::Create(std::move(chunks_), std::move(sequences_), std::move(probabilities_));
     if (!batch.ok()) return Wrong(batch.status().message());
     if (batch->length() != options_.sequence_length) {
       return Wrong("sequences of ", batch->length(), " rows: expected ", options_.sequence_length);
@@ -86,6 +89,7 @@ class BatchAssembler {
   int64_t bytes_ = 0;
   std::vector<SequenceBatch::Source> chunks_;
   std::vector<std::vector<SequenceBatch::Slice>> sequences_;
+  std::vector<double> probabilities_;  // of the sequences
 };
 
 // Each thread reads a whole batch, in turn with the others, and then decodes it beside them.
@@ -118,7 +122,7 @@ class SequenceStreamImpl : public SequenceStream {
     if (!finished_) stream_->Finish();
   }
 
-  absl::Status Next(ArrayMap& batch, absl::Time deadline) override {
+  absl::Status Next(ArrayMap& batch, std::vector<SequenceBatch::Start>& starts, absl::Time deadline) override {
     absl::MutexLock lock(&mu_);
     const auto is_there = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) { return closed_ || decoded_.contains(taken_); };
     if (!mu_.AwaitWithDeadline(absl::Condition(&is_there), deadline)) {
@@ -127,11 +131,27 @@ class SequenceStreamImpl : public SequenceStream {
     if (closed_) return absl::CancelledError("the stream was closed");
     const auto found = decoded_.find(taken_);
     if (!found->second.ok()) return found->second.status();  // stays, for every later call
-    std::swap(batch, *found->second);
-    spare_.push_back(*std::move(found->second));
+    std::swap(batch, found->second->fields);
+    starts = std::move(found->second->starts);
+    spare_.push_back(std::move(found->second->fields));
     decoded_.erase(found);
     ++taken_;
     return absl::OkStatus();
+  }
+
+  absl::StatusOr<int> UpdatePriorities(absl::Span<const ChunkPriority> priorities, absl::Time deadline) override {
+    replay::v1::UpdatePrioritiesRequest request;
+    request.set_run(options_.run);
+    for (const ChunkPriority& priority : priorities) {
+      replay::v1::ChunkPriority& sent = *request.add_priorities();
+      *sent.mutable_chunk() = ToProto(priority.key);
+      sent.set_priority(priority.priority);
+    }
+    replay::v1::UpdatePrioritiesResponse response;
+    RETURN_IF_ERROR(RetryUnavailable(deadline, [&](grpc::ClientContext& context) {
+      return stub_->UpdatePriorities(&context, request, &response);
+    }));
+    return response.known();
   }
 
   void Close() override {
@@ -141,6 +161,11 @@ class SequenceStreamImpl : public SequenceStream {
   }
 
  private:
+  struct Decoded {
+    ArrayMap fields;
+    std::vector<SequenceBatch::Start> starts;
+  };
+
   // Reads and decodes one batch; false at the end.
   bool Step() {
     int64_t number = 0;
@@ -153,8 +178,9 @@ class SequenceStreamImpl : public SequenceStream {
       batch = Read(number);
       ++read_;
     }
-    ArrayMap decoded = TakeSpare();
-    const absl::Status status = batch.ok() ? batch->ReadAll(decoded) : batch.status();
+    Decoded decoded{TakeSpare(), {}};
+    const absl::Status status = batch.ok() ? batch->ReadAll(decoded.fields) : batch.status();
+    if (status.ok()) decoded.starts = batch->Starts();
     absl::MutexLock lock(&mu_);
     if (status.ok()) {
       decoded_.emplace(number, std::move(decoded));
@@ -216,9 +242,9 @@ class SequenceStreamImpl : public SequenceStream {
   bool finished_ ABSL_GUARDED_BY(read_mu_) = false;
 
   absl::Mutex mu_;
-  std::map<int64_t, absl::StatusOr<ArrayMap>> decoded_ ABSL_GUARDED_BY(mu_);  // by number; an error is the last one
-  std::vector<ArrayMap> spare_ ABSL_GUARDED_BY(mu_);                          // whose memory is used again
-  int64_t taken_ ABSL_GUARDED_BY(mu_) = 0;                                    // batches
+  std::map<int64_t, absl::StatusOr<Decoded>> decoded_ ABSL_GUARDED_BY(mu_);  // by number; an error is the last one
+  std::vector<ArrayMap> spare_ ABSL_GUARDED_BY(mu_);                         // whose memory is used again
+  int64_t taken_ ABSL_GUARDED_BY(mu_) = 0;                                   // batches
   bool closed_ ABSL_GUARDED_BY(mu_) = false;
 
   std::vector<std::thread> threads_;

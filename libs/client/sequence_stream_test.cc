@@ -5,6 +5,7 @@
 #include <atomic>
 #include <chrono>
 #include <functional>
+#include <map>
 #include <memory>
 #include <thread>
 #include <utility>
@@ -28,6 +29,8 @@ absl::Time Soon() { return absl::Now() + absl::Seconds(60); }
 
 // The value of a row: different for every batch, chunk and row.
 int64_t Value(int64_t batch, int chunk, int row) { return batch * 1000 + chunk * 100 + row; }
+
+double Probability(int64_t batch, int sequence) { return 1.0 / static_cast<double>(2 + batch * 10 + sequence); }
 
 // Batch `number`, as a server sends it: two chunks of five rows; sequences over the first one, over both and over the second.
 std::vector<SampleSequencesResponse> Parts(int64_t number) {
@@ -54,6 +57,7 @@ std::vector<SampleSequencesResponse> Parts(int64_t number) {
   add({{0, 1, 4}});
   add({{0, 3, 2}, {1, 0, 2}});
   add({{1, 0, 4}});
+  for (int i = 0; i < kSequences; ++i) parts[2].mutable_sequences(i)->set_probability(Probability(number, i));
   parts[2].set_last_part(true);
   return parts;
 }
@@ -65,6 +69,10 @@ ArrayMap Expected(int64_t number) {
       Value(number, 0, 3), Value(number, 0, 4), Value(number, 1, 0), Value(number, 1, 1),
       Value(number, 1, 0), Value(number, 1, 1), Value(number, 1, 2), Value(number, 1, 3)};
   return {{"value", Array::From<int64_t>(values, {kSequences, kLength})}};
+}
+
+std::vector<SequenceBatch::Start> ExpectedStarts(int64_t number) {
+  return {{{1, 0}, 1, Probability(number, 0)}, {{1, 0}, 3, Probability(number, 1)}, {{1, 5}, 0, Probability(number, 2)}};
 }
 
 // Sends what the test says.
@@ -84,6 +92,20 @@ class FakeReplay : public replay::v1::ReplayService::Service {
     return script_(*request, *writer);
   }
 
+  grpc::Status UpdatePriorities(grpc::ServerContext*, const replay::v1::UpdatePrioritiesRequest* request,
+                                replay::v1::UpdatePrioritiesResponse* response) override {
+    if (++priority_calls_ == 1) return grpc::Status(grpc::StatusCode::UNAVAILABLE, "not yet");
+    if (request->priorities_size() == 0) return grpc::Status(grpc::StatusCode::INVALID_ARGUMENT, "no priorities");
+    EXPECT_EQ(request->run(), "run");
+    for (const replay::v1::ChunkPriority& priority : request->priorities()) {
+      priorities_[{priority.chunk().episode_id(), priority.chunk().first_row()}] = priority.priority();
+    }
+    response->set_known(7);
+    return grpc::Status::OK;
+  }
+  // What was told, after all calls have returned.
+  const std::map<ChunkKey, double>& priorities() const { return priorities_; }
+
   std::unique_ptr<SequenceStream> Stream(int threads, int64_t batches) {
     SequenceStream::Options options;
     options.run = "run";
@@ -98,6 +120,8 @@ class FakeReplay : public replay::v1::ReplayService::Service {
 
  private:
   const Script script_;
+  std::atomic<int> priority_calls_ = 0;
+  std::map<ChunkKey, double> priorities_;
   std::unique_ptr<grpc::Server> server_;
 };
 
@@ -126,9 +150,11 @@ TEST(SequenceStream, GivesEveryBatchInOrderWhateverTheThreads) {
     });
     const auto stream = replay.Stream(threads, 40);
     ArrayMap batch;
+    std::vector<SequenceBatch::Start> starts;
     for (int64_t number = 0; number < 40; ++number) {
-      ASSERT_OK(stream->Next(batch, Soon()));
+      ASSERT_OK(stream->Next(batch, starts, Soon()));
       ASSERT_EQ(batch, Expected(number)) << "batch " << number << ", " << threads << " threads";
+      ASSERT_EQ(starts, ExpectedStarts(number));
     }
     for (int i = 0; i < 2; ++i) EXPECT_THAT(stream->Next(batch, Soon()), StatusIs(absl::StatusCode::kOutOfRange));
   }
@@ -180,6 +206,8 @@ TEST(SequenceStream, RefusesWhatTheServerMustNotSend) {
          for (int i = 0; i < 12; ++i) *parts[1].add_chunks() = parts[0].chunks(0);
        },
        "more chunks than the batch has rows, 12"},
+      {[](auto& parts) { parts[2].mutable_sequences(1)->set_probability(1.5); },
+       "a sequence of probability 1.5: expected 0 to 1"},
       {[](auto& parts) { parts.pop_back(); }, "replay ended the stream in batch 1"},
   };
   for (const auto& [change, words] : cases) {
@@ -198,6 +226,18 @@ TEST(SequenceStream, RefusesWhatTheServerMustNotSend) {
       EXPECT_THAT(stream->Next(batch, Soon()), StatusIs(absl::StatusCode::kDataLoss, HasSubstr(words)));
     }
   }
+}
+
+TEST(SequenceStream, TellsPriorities) {
+  FakeReplay replay([&](const SampleSequencesRequest& request, FakeReplay::Writer& writer) {
+    return SendBatches(request, writer);
+  });
+  const auto stream = replay.Stream(1, 0);
+  const std::vector<ChunkPriority> priorities = {{{1, 0}, 2.5}, {{1, 5}, 0}};
+  ASSERT_OK_AND_ASSIGN(const int known, stream->UpdatePriorities(priorities, Soon()));
+  EXPECT_EQ(known, 7);
+  EXPECT_THAT(stream->UpdatePriorities({}, Soon()), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("no priorities")));
+  EXPECT_EQ(replay.priorities(), (std::map<ChunkKey, double>{{{1, 0}, 2.5}, {{1, 5}, 0}}));
 }
 
 TEST(SequenceStream, GivesTheServersErrorAfterTheBatchesBeforeIt) {

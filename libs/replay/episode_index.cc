@@ -54,9 +54,11 @@ class FenwickTree {
 struct LiveChunk {
   int64_t arrival = 0;
   int64_t payload_bytes = 0;
-  int32_t rows = 0;
-  bool sampled = false;  // part of a run
+  uint32_t rows : 31 = 0;
+  uint32_t sampled : 1 = 0;                  // part of a run
+  uint32_t slot = ChunkPriorities::kNoSlot;  // if sampled and priorities are kept
 };
+static_assert(sizeof(LiveChunk) == 24);
 
 // Consecutive rows [first, end) of one episode; `slot` in the tree holds the number of valid starts.
 struct Run {
@@ -137,6 +139,43 @@ struct EpisodeIndex::Impl {
     if (end < run_end) AddRun(episode_id, episode, end, run_end);
   }
 
+  // How many sequences begin in a sampled chunk.
+  int32_t StartsIn(const Episode& episode, int64_t first, const LiveChunk& chunk) const {
+    const auto run = std::prev(episode.runs.upper_bound(first));
+    const int64_t end = std::min(first + chunk.rows, run->second.end - sequence_length + 1);
+    return static_cast<int32_t>(std::max<int64_t>(0, end - first));
+  }
+
+  // Counts the starts again after rows [first, end) came or went: also in the chunks before, whose sequences reach into them.
+  void CountStarts(const Episode& episode, int64_t first, int64_t end) {
+    auto chunk = episode.chunks.upper_bound(first - sequence_length + 1);
+    if (chunk != episode.chunks.begin()) --chunk;
+    while (chunk != episode.chunks.begin() && !chunk->second.sampled) --chunk;
+    for (; chunk != episode.chunks.end() && chunk->first < end; ++chunk) {
+      if (!chunk->second.sampled) continue;
+      priorities->SetStarts(chunk->second.slot, StartsIn(episode, chunk->first, chunk->second));
+    }
+  }
+
+  // From here on priorities are kept, with `largest` for every chunk.
+  void KeepPriorities(double largest) {
+    priorities = std::make_unique<ChunkPriorities>(largest);
+    for (const auto& [arrival, key] : arrivals) {
+      Episode& episode = episodes.at(key.episode_id);
+      LiveChunk& chunk = episode.chunks.at(key.first_row);
+      if (!chunk.sampled) continue;
+      chunk.slot = priorities->Add(key);
+      priorities->SetStarts(chunk.slot, StartsIn(episode, key.first_row, chunk));
+    }
+  }
+
+  const LiveChunk* Find(const ChunkKey& key) const {
+    const auto episode = episodes.find(key.episode_id);
+    if (episode == episodes.end()) return nullptr;
+    const auto chunk = episode->second.chunks.find(key.first_row);
+    return chunk == episode->second.chunks.end() ? nullptr : &chunk->second;
+  }
+
   // The slices of the sequence that begins there.
   Sequence SequenceAt(int64_t episode_id, int64_t first_row) const {
     Sequence sequence{episode_id, first_row, {}};
@@ -175,6 +214,7 @@ struct EpisodeIndex::Impl {
   std::map<int64_t, ChunkKey> arrivals;
   int64_t next_arrival = 0;
   IndexTotals totals;
+  std::unique_ptr<ChunkPriorities> priorities;  // of the sampled chunks; null: nobody asked for them, all are 1
 };
 
 EpisodeIndex::EpisodeIndex(int sequence_length) : impl_(std::make_unique<Impl>(std::max(1, sequence_length))) {}
@@ -187,16 +227,22 @@ void EpisodeIndex::Append(const ChunkInfo& info) {
   if (episode.task == nullptr) episode.task = &impl_->tasks[info.task];
   const auto [chunk, is_new] = episode.chunks.try_emplace(info.key.first_row);
   if (!is_new) return;
-  chunk->second = {impl_->next_arrival++, info.payload_bytes, info.rows, false};
-  impl_->arrivals.emplace(chunk->second.arrival, info.key);
+  LiveChunk& live = chunk->second;
+  live.arrival = impl_->next_arrival++;
+  live.payload_bytes = info.payload_bytes;
+  live.rows = static_cast<uint32_t>(info.rows);
+  impl_->arrivals.emplace(live.arrival, info.key);
   IndexTotals& totals = impl_->totals;
   totals.rows += info.rows;
   totals.bytes += info.payload_bytes;
   totals.chunks += 1;
   totals.episodes += episode.chunks.size() == 1;
   // A chunk that overlaps another one (a client's mistake) is kept but not sampled: its rows would count twice.
-  chunk->second.sampled = info.mode != EpisodeMode::kEvaluate &&
-                          impl_->AddRows(id, episode, info.key.first_row, info.key.first_row + info.rows);
+  const int64_t first = info.key.first_row, end = first + info.rows;
+  live.sampled = info.mode != EpisodeMode::kEvaluate && impl_->AddRows(id, episode, first, end);
+  if (!live.sampled || impl_->priorities == nullptr) return;
+  live.slot = impl_->priorities->Add(info.key);
+  impl_->CountStarts(episode, first, end);
 }
 
 void EpisodeIndex::Evict(const ChunkKey& key) {
@@ -204,14 +250,19 @@ void EpisodeIndex::Evict(const ChunkKey& key) {
   if (episode == impl_->episodes.end()) return;
   const auto chunk = episode->second.chunks.find(key.first_row);
   if (chunk == episode->second.chunks.end()) return;
-  const LiveChunk& live = chunk->second;
-  if (live.sampled) impl_->RemoveRows(key.episode_id, episode->second, key.first_row, key.first_row + live.rows);
+  const LiveChunk live = chunk->second;
+  const int64_t end = key.first_row + live.rows;
+  if (live.sampled) impl_->RemoveRows(key.episode_id, episode->second, key.first_row, end);
   IndexTotals& totals = impl_->totals;
   totals.rows -= live.rows;
   totals.bytes -= live.payload_bytes;
   totals.chunks -= 1;
   impl_->arrivals.erase(live.arrival);
   episode->second.chunks.erase(chunk);
+  if (live.sampled && impl_->priorities != nullptr) {
+    impl_->priorities->Remove(live.slot);
+    impl_->CountStarts(episode->second, key.first_row, end);
+  }
   if (episode->second.chunks.empty()) {
     totals.episodes -= 1;
     impl_->episodes.erase(episode);
@@ -232,6 +283,40 @@ std::optional<Sequence> EpisodeIndex::SampleTask(int task, std::mt19937_64& rand
   if (found == impl_->tasks.end() || found->second.tree.total() == 0) return std::nullopt;
   const int64_t position = std::uniform_int_distribution<int64_t>(0, found->second.tree.total() - 1)(random);
   return impl_->SequenceAtPosition(found->second, position);
+}
+
+bool EpisodeIndex::SetPriority(const ChunkKey& key, double priority) {
+  if (impl_->Find(key) == nullptr) return false;
+  if (impl_->priorities == nullptr) impl_->KeepPriorities(1);
+  const uint32_t slot = impl_->Find(key)->slot;
+  if (slot != ChunkPriorities::kNoSlot) impl_->priorities->SetPriority(slot, priority);
+  return true;
+}
+
+void EpisodeIndex::CopyPriorities(const EpisodeIndex& other) {
+  if (other.impl_->priorities == nullptr) return;
+  impl_->KeepPriorities(other.impl_->priorities->largest());
+  for (const auto& [arrival, key] : impl_->arrivals) {
+    const LiveChunk* from = other.impl_->Find(key);
+    const LiveChunk& to = *impl_->Find(key);
+    if (from == nullptr || from->slot == ChunkPriorities::kNoSlot || to.slot == ChunkPriorities::kNoSlot) continue;
+    impl_->priorities->SetPriority(to.slot, other.impl_->priorities->priority(from->slot));
+  }
+}
+
+std::optional<Sequence> EpisodeIndex::SamplePrioritized(double exponent, std::mt19937_64& random) {
+  if (impl_->priorities == nullptr) impl_->KeepPriorities(1);
+  const ChunkPriorities& priorities = *impl_->priorities;
+  const std::optional<uint32_t> slot = impl_->priorities->Draw(exponent, random);
+  if (!slot.has_value()) return Sample(random);
+  const int64_t offset = std::uniform_int_distribution<int64_t>(0, priorities.starts(*slot) - 1)(random);
+  return impl_->SequenceAt(priorities.key(*slot).episode_id, priorities.key(*slot).first_row + offset);
+}
+
+double EpisodeIndex::PrioritizedProbability(double exponent, const ChunkKey& key) {
+  if (impl_->priorities == nullptr) impl_->KeepPriorities(1);
+  const std::optional<double> probability = impl_->priorities->Probability(exponent, impl_->Find(key)->slot);
+  return probability.value_or(1 / static_cast<double>(impl_->ValidStarts()));
 }
 
 Sequence EpisodeIndex::SequenceAt(int64_t episode_id, int64_t first_row) const {

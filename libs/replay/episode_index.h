@@ -1,4 +1,4 @@
-// Which rows are live, and uniform sampling over all valid starts of sequences.
+// Which rows are live, and sampling of sequences: uniformly over all valid starts, or by priorities of the chunks.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "libs/replay/chunk_priorities.h"
 #include "libs/replay/store.h"
 
 namespace orrery {
@@ -25,6 +26,7 @@ struct Sequence {
   int64_t episode_id = 0;
   int64_t first_row = 0;
   std::vector<ChunkSlice> slices;  // in order, rows add up to L
+  double probability = 0;          // with which a draw of the sampler gives this one; 0: no sampler drew it
 };
 
 // Sequences that begin at rows first_row … first_row + starts - 1 of one episode.
@@ -57,6 +59,19 @@ class EpisodeIndex {
   std::optional<Sequence> Sample(std::mt19937_64& random) const;
   // The same among the valid starts of one task.
   std::optional<Sequence> SampleTask(int task, std::mt19937_64& random) const;
+  // Drawing by priorities. Each training chunk has one, which counts for the sequences that begin in it: the largest that any
+  // chunk here ever had, at least 1, until it is set. Memory (ChunkPriorities) and time are spent on it only after one of these
+  // was called; then a change costs O(log chunks) for each chunk in which sequences begin that it makes valid or invalid.
+  //
+  // Sets the priority, 0 to kMaxPriority. False: there is no such chunk.
+  bool SetPriority(const ChunkKey& key, double priority);
+  // Takes over the priorities of `other`, which holds the same chunks.
+  void CopyPriorities(const EpisodeIndex& other);
+  // A valid start with a probability proportional to priority ^ exponent (0 to kMaxPriorityExponent) of its chunk; while all of
+  // these are 0 every start is equally likely. Nothing when there is no valid start.
+  std::optional<Sequence> SamplePrioritized(double exponent, std::mt19937_64& random);
+  // Probability with which SamplePrioritized gives one certain sequence that begins in this chunk, which must have one.
+  double PrioritizedProbability(double exponent, const ChunkKey& key);
   // The sequence that begins there, which must be a valid start.
   Sequence SequenceAt(int64_t episode_id, int64_t first_row) const;
   // The valid starts of sequences whose last row is in one of the newest training chunks: as many chunks, in order of arrival,

@@ -3,8 +3,11 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <map>
+#include <random>
 #include <set>
+#include <vector>
 
 #include "libs/replay/naive_index.h"
 
@@ -165,6 +168,84 @@ TEST(EpisodeIndex, AgreesWithANaiveModel) {
       }
     }
   }
+}
+
+// What one start is worth: of its whole chunk the index says the same.
+void ExpectProbabilities(EpisodeIndex& index, double exponent, const std::map<Start, double>& expected) {
+  for (const auto& [start, probability] : expected) {
+    const ChunkKey chunk = index.SequenceAt(start.first, start.second).slices[0].key;
+    ASSERT_NEAR(index.PrioritizedProbability(exponent, chunk), probability, 1e-9 * probability)
+        << "episode " << start.first << " row " << start.second << " exponent " << exponent;
+  }
+}
+
+TEST(EpisodeIndex, FollowsPrioritiesAsANaiveModelDoes) {
+  for (uint64_t seed = 1; seed <= 1000; ++seed) {
+    std::mt19937_64 random(seed);
+    const auto below = [&](int n) { return static_cast<int>(random() % n); };
+    const int length = 1 + below(12), rows = 1 + below(7);
+    const int first_priority = below(30);  // so many changes came before it
+    EpisodeIndex index(length);
+    NaiveIndex model(length);
+    for (int step = 0; step < 60; ++step) {
+      // Chunks on a grid in any order, repeats included.
+      const ChunkKey key{1 + below(6), below(8) * rows};
+      const int choice = below(10);
+      if (choice < 5) {
+        const ChunkInfo info = Info(key.episode_id, key.first_row, rows,
+                                    key.episode_id == 5 ? EpisodeMode::kEvaluate : EpisodeMode::kTrain, below(2));
+        index.Append(info);
+        model.Append(info);
+      } else if (choice < 7) {
+        index.Evict(key);
+        model.Evict(key);
+      } else if (step >= first_priority) {
+        const double priority = choice == 7 ? 0 : std::exp(below(100) / 10.0 - 5);
+        EXPECT_EQ(index.SetPriority(key, priority), model.chunks().contains(key));
+        model.SetPriority(key, priority);
+      }
+      if (step < first_priority || step % 3 != 0) continue;
+      // More exponents than the index keeps sums for.
+      const double exponent = std::vector<double>{0, 0.6, 1, 4}[below(4)];
+      const std::map<Start, double> starts = model.Prioritized(exponent, 0);
+      ASSERT_NO_FATAL_FAILURE(ExpectProbabilities(index, exponent, starts)) << "seed " << seed << " step " << step;
+      for (int i = 0; i < 5; ++i) {
+        const auto sequence = index.SamplePrioritized(exponent, random);
+        ASSERT_EQ(sequence.has_value(), !starts.empty());
+        if (!sequence.has_value()) break;
+        ASSERT_GT(starts.at({sequence->episode_id, sequence->first_row}), 0);
+        ASSERT_NO_FATAL_FAILURE(ExpectSound(*sequence, model, length));
+      }
+    }
+    // An index for other sequences over the same chunks, in another order.
+    EpisodeIndex other(length + 2);
+    for (const auto& [key, info] : model.chunks()) other.Append(info);
+    other.CopyPriorities(index);
+    for (EpisodeIndex* each : {&index, &other}) each->Append(Info(9, 0, 20));
+    model.Append(Info(9, 0, 20));
+    ASSERT_NO_FATAL_FAILURE(ExpectProbabilities(index, 0.6, model.Prioritized(0.6, 0))) << "seed " << seed;
+    const NaiveIndex longer = model.WithLength(length + 2);
+    ASSERT_NO_FATAL_FAILURE(ExpectProbabilities(other, 0.6, longer.Prioritized(0.6, 0))) << "seed " << seed;
+  }
+}
+
+TEST(EpisodeIndex, PrioritiesAreOfLiveChunks) {
+  EpisodeIndex index(3);
+  index.Append(Info(1, 0, 5));
+  EXPECT_FALSE(index.SetPriority({1, 5}, 2));
+  EXPECT_TRUE(index.SetPriority({1, 0}, 2));
+  index.Append(Info(2, 0, 5, EpisodeMode::kEvaluate));
+  index.Append(Info(1, 2, 5));  // overlaps: never sampled
+  EXPECT_TRUE(index.SetPriority({2, 0}, 50));
+  EXPECT_TRUE(index.SetPriority({1, 2}, 50));
+  EXPECT_DOUBLE_EQ(index.PrioritizedProbability(1, {1, 0}), 1.0 / 3);
+  index.Append(Info(3, 0, 3));  // begins with 2
+  EXPECT_DOUBLE_EQ(index.PrioritizedProbability(1, {3, 0}), 2.0 / 8);
+  index.Evict({1, 2});
+  index.Evict({2, 0});
+  index.Evict({1, 0});
+  EXPECT_FALSE(index.SetPriority({1, 0}, 2));
+  EXPECT_DOUBLE_EQ(index.PrioritizedProbability(1, {3, 0}), 1);
 }
 
 TEST(EpisodeIndex, SamplesEveryStartEquallyOften) {

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <functional>
+#include <iterator>
 #include <map>
 #include <set>
 #include <utility>
@@ -34,10 +35,17 @@ class NaiveIndex {
  public:
   explicit NaiveIndex(int length) : length_(length) {}
   void Append(const ChunkInfo& info) {
-    if (chunks_.emplace(info.key, info).second) order_.push_back(info.key);
+    if (!chunks_.emplace(info.key, info).second) return;
+    order_.push_back(info.key);
+    priorities_[info.key] = largest_priority_;
   }
   void Evict(const ChunkKey& key) {
     if (chunks_.erase(key) > 0) order_.erase(std::find(order_.begin(), order_.end(), key));
+  }
+  void SetPriority(const ChunkKey& key, double priority) {
+    if (!chunks_.contains(key)) return;
+    priorities_[key] = priority;
+    largest_priority_ = std::max(largest_priority_, chunks_.at(key).mode == EpisodeMode::kEvaluate ? 1 : priority);
   }
   // Forgets in which order the chunks arrived: now it is that of their keys.
   void SortByKey() { std::sort(order_.begin(), order_.end()); }
@@ -69,6 +77,26 @@ class NaiveIndex {
     }
     return starts;
   }
+  // The same chunks for sequences of another length.
+  NaiveIndex WithLength(int length) const {
+    NaiveIndex other = *this;
+    other.length_ = length;
+    return other;
+  }
+  // With what probability a sampler by priority draws each start.
+  std::map<Start, double> Prioritized(double exponent, double uniform_share) const {
+    std::map<Start, double> weights;
+    double sum = 0;
+    for (const Start& start : Starts()) {
+      const ChunkKey chunk = std::prev(chunks_.upper_bound({start.first, start.second}))->first;
+      sum += weights[start] = std::pow(priorities_.at(chunk), exponent);
+    }
+    const double each = 1 / static_cast<double>(weights.size());
+    for (auto& [start, weight] : weights) {
+      weight = uniform_share * each + (1 - uniform_share) * (sum > 0 ? weight / sum : each);
+    }
+    return weights;
+  }
   IndexTotals Totals() const {
     IndexTotals totals;
     std::set<int64_t> episodes;
@@ -95,9 +123,11 @@ class NaiveIndex {
   const std::map<ChunkKey, ChunkInfo>& chunks() const { return chunks_; }
 
  private:
-  const int64_t length_;
+  int64_t length_;
   std::map<ChunkKey, ChunkInfo> chunks_;
   std::vector<ChunkKey> order_;
+  std::map<ChunkKey, double> priorities_;
+  double largest_priority_ = 1;
 };
 
 // The slices must cover exactly the rows of the sequence, from live chunks.

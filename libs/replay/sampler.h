@@ -16,12 +16,12 @@ namespace orrery {
 
 inline constexpr int64_t kMaxNewestRows = 1'000'000;
 
-// Thread-safe: it has no state that changes. The index must not change during a call.
+// Thread-safe: it has no state that changes. The index is used as by its other callers: one at a time.
 class Sampler {
  public:
   virtual ~Sampler() = default;
-  // `count` independent draws; none when there is nothing to draw from.
-  virtual std::vector<Sequence> Draw(const EpisodeIndex& index, int count, std::mt19937_64& random) const = 0;
+  // `count` independent draws, each with its probability; none when there is nothing to draw from.
+  virtual std::vector<Sequence> Draw(EpisodeIndex& index, int count, std::mt19937_64& random) const = 0;
 };
 
 // Every valid start is equally likely.
@@ -35,5 +35,10 @@ absl::StatusOr<std::unique_ptr<Sampler>> MakeRecencySampler(double share, int64_
 // uniformly. `weights[i]` is that of task i, tasks beyond have 0; empty: all equal. When only tasks of weight 0 have valid
 // starts there is none to draw. INVALID_ARGUMENT for a weight that is negative or not finite, or when all are 0.
 absl::StatusOr<std::unique_ptr<Sampler>> MakeTaskSampler(std::vector<double> weights);
+
+// With probability `uniform_share` every valid start is equally likely, else as EpisodeIndex::SamplePrioritized draws: by the
+// priorities that the index was told. INVALID_ARGUMENT unless exponent is 0 to kMaxPriorityExponent and uniform_share 0 to 1.
+inline constexpr double kDefaultPriorityExponent = 0.6, kDefaultUniformShare = 0.1;
+absl::StatusOr<std::unique_ptr<Sampler>> MakePrioritizedSampler(double exponent, double uniform_share);
 
 }  // namespace orrery

@@ -65,14 +65,32 @@ absl::Status CheckBytes(const std::vector<SequenceBatch::Source>& chunks, int64_
   return absl::OkStatus();
 }
 
+absl::Status CheckProbabilities(const std::vector<double>& probabilities, size_t sequences) {
+  if (!probabilities.empty() && probabilities.size() != sequences) {
+    return absl::InvalidArgumentError(absl::StrCat(probabilities.size(), " probabilities: expected one for each of ", sequences,
+                                                   " sequences"));
+  }
+  for (const double probability : probabilities) {
+    if (probability >= 0 && probability <= 1) continue;
+    return absl::InvalidArgumentError(absl::StrCat("a sequence of probability ", probability, ": expected 0 to 1"));
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
-SequenceBatch::SequenceBatch(std::vector<Source> chunks, std::vector<std::vector<Slice>> sequences, int64_t length)
-    : chunks_(std::move(chunks)), sequences_(std::move(sequences)), length_(length) {}
+SequenceBatch::SequenceBatch(std::vector<Source> chunks, std::vector<std::vector<Slice>> sequences,
+                             std::vector<double> probabilities, int64_t length)
+    : chunks_(std::move(chunks)),
+      sequences_(std::move(sequences)),
+      probabilities_(std::move(probabilities)),
+      length_(length) {}
 
-absl::StatusOr<SequenceBatch> SequenceBatch::Create(std::vector<Source> chunks, std::vector<std::vector<Slice>> sequences) {
+absl::StatusOr<SequenceBatch> SequenceBatch::Create(std::vector<Source> chunks, std::vector<std::vector<Slice>> sequences,
+                                                    std::vector<double> probabilities) {
   if (chunks.empty() || sequences.empty()) return absl::InvalidArgumentError("a batch without a sequence");
   RETURN_IF_ERROR(CheckFields(chunks));
+  RETURN_IF_ERROR(CheckProbabilities(probabilities, sequences.size()));
   ASSIGN_OR_RETURN(const int64_t length, LengthOf(chunks, sequences[0]));
   if (length < 1) return absl::InvalidArgumentError("a sequence without a row");
   RETURN_IF_ERROR(CheckBytes(chunks, static_cast<int64_t>(sequences.size()), length));
@@ -81,7 +99,16 @@ absl::StatusOr<SequenceBatch> SequenceBatch::Create(std::vector<Source> chunks, 
     if (rows == length) continue;
     return absl::InvalidArgumentError(absl::StrCat("a sequence of ", rows, " rows: expected ", length, " as in the first one"));
   }
-  return SequenceBatch(std::move(chunks), std::move(sequences), length);
+  return SequenceBatch(std::move(chunks), std::move(sequences), std::move(probabilities), length);
+}
+
+std::vector<SequenceBatch::Start> SequenceBatch::Starts() const {
+  std::vector<Start> starts;
+  for (const std::vector<Slice>& slices : sequences_) {
+    const double probability = probabilities_.empty() ? 0 : probabilities_[starts.size()];
+    starts.push_back({chunks_[slices[0].chunk].key, slices[0].begin, probability});
+  }
+  return starts;
 }
 
 absl::Status SequenceBatch::Read(size_t field, int64_t first, int64_t count, char* to) const {

@@ -26,16 +26,28 @@ class SequenceBatch {
     int32_t rows = 0;
   };
 
+  // Where a sequence begins and how it was drawn.
+  struct Start {
+    ChunkKey chunk;
+    int32_t begin = 0;       // first row within the chunk
+    double probability = 0;  // with which a draw gives it, above 0 and at most 1; 0: not known
+    bool operator==(const Start&) const = default;
+  };
+
   // A decoded batch, and the payloads of its chunks together, take no more.
   static constexpr int64_t kMaxBytes = int64_t{1} << 30;
 
-  // `sequences`: the slices of each, in order. INVALID_ARGUMENT: no sequence, sequences of different lengths or of none, or a
-  // batch above kMaxBytes. DATA_LOSS: a slice that is not in its chunk, or chunks of different fields.
-  static absl::StatusOr<SequenceBatch> Create(std::vector<Source> chunks, std::vector<std::vector<Slice>> sequences);
+  // `sequences`: the slices of each, in order. `probabilities`: of each, as in Start; empty: none is known. INVALID_ARGUMENT:
+  // no sequence, sequences of different lengths or of none, another number of probabilities or one outside 0 to 1, or a batch
+  // above kMaxBytes. DATA_LOSS: a slice that is not in its chunk, or chunks of different fields.
+  static absl::StatusOr<SequenceBatch> Create(std::vector<Source> chunks, std::vector<std::vector<Slice>> sequences,
+                                              std::vector<double> probabilities = {});
 
   int64_t length() const { return length_; }
   const std::vector<Source>& chunks() const { return chunks_; }
   const std::vector<std::vector<Slice>>& sequences() const { return sequences_; }
+  // Of every sequence.
+  std::vector<Start> Starts() const;
   // The fields of every chunk, by name, ascending; their places in the payload differ.
   const std::vector<EncodedRows::Field>& fields() const { return chunks_[0].rows->fields(); }
 
@@ -46,10 +58,12 @@ class SequenceBatch {
   absl::Status ReadAll(ArrayMap& batch) const;
 
  private:
-  SequenceBatch(std::vector<Source> chunks, std::vector<std::vector<Slice>> sequences, int64_t length);
+  SequenceBatch(std::vector<Source> chunks, std::vector<std::vector<Slice>> sequences, std::vector<double> probabilities,
+                int64_t length);
 
   std::vector<Source> chunks_;
   std::vector<std::vector<Slice>> sequences_;
+  std::vector<double> probabilities_;  // empty, or one for each sequence
   int64_t length_ = 0;
 };
 

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <limits>
 #include <random>
 
 #include "libs/base/file.h"
@@ -90,6 +91,24 @@ TEST(SequenceBatch, ReadsEveryRangeOfRowsLikeTheWhole) {
       }
     }
   }
+}
+
+TEST(SequenceBatch, SaysWhereItsSequencesBegin) {
+  const std::vector<SequenceBatch::Source> chunks = {Source(1, 0, 5), Source(2, 30, 5)};
+  const Slices slices = {{{1, 3, 2}}, {{0, 4, 1}, {0, 0, 1}}};
+  using Starts = std::vector<SequenceBatch::Start>;
+  ASSERT_OK_AND_ASSIGN(const SequenceBatch unknown, SequenceBatch::Create(chunks, slices));
+  EXPECT_EQ(unknown.Starts(), (Starts{{{2, 30}, 3, 0}, {{1, 0}, 4, 0}}));
+  ASSERT_OK_AND_ASSIGN(const SequenceBatch batch, SequenceBatch::Create(chunks, slices, {0.25, 1}));
+  EXPECT_EQ(batch.Starts(), (Starts{{{2, 30}, 3, 0.25}, {{1, 0}, 4, 1}}));
+  const auto refuse = [&](std::vector<double> probabilities, const std::string& words) {
+    EXPECT_THAT(SequenceBatch::Create(chunks, slices, std::move(probabilities)),
+                StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(words)));
+  };
+  refuse({0.5}, "1 probabilities: expected one for each of 2 sequences");
+  refuse({0.5, -0.5}, "a sequence of probability -0.5: expected 0 to 1");
+  refuse({1.5, 0.5}, "a sequence of probability 1.5");
+  refuse({std::numeric_limits<double>::quiet_NaN(), 0.5}, "a sequence of probability nan");
 }
 
 TEST(SequenceBatch, RefusesWhatDoesNotFit) {

@@ -14,6 +14,7 @@ constexpr absl::Duration kChangesWait = absl::Milliseconds(200);
 constexpr absl::Duration kRetryWait = absl::Milliseconds(500);
 constexpr absl::Duration kProgressEvery = absl::Seconds(2);
 constexpr size_t kMaxIndexes = 4;
+constexpr size_t kPrioritiesAtOnce = 1024;  // others wait meanwhile
 }  // namespace
 
 DataSet::DataSet(Store* store, Limits limits, int sequence_length, prometheus::Registry& registry)
@@ -58,6 +59,19 @@ IndexTotals DataSet::totals() const {
 std::vector<Sequence> DataSet::Sample(const Sampler& sampler, int sequence_length, int count, std::mt19937_64& random) {
   absl::MutexLock lock(&mu_);
   return sampler.Draw(IndexFor(sequence_length), count, random);
+}
+
+int DataSet::SetPriorities(absl::Span<const ChunkPriority> priorities) {
+  int known = 0;
+  for (size_t i = 0; i < priorities.size(); i += kPrioritiesAtOnce) {
+    absl::MutexLock lock(&mu_);
+    for (const ChunkPriority& priority : priorities.subspan(i, kPrioritiesAtOnce)) {
+      if (!live_.contains(priority.key)) continue;
+      for (auto& [length, entry] : indexes_) entry.index->SetPriority(priority.key, priority.priority);
+      ++known;
+    }
+  }
+  return known;
 }
 
 std::vector<std::vector<ChunkInfo>> DataSet::Episodes(int64_t first, int max, std::optional<EpisodeMode> mode,
@@ -183,6 +197,7 @@ EpisodeIndex& DataSet::IndexFor(int sequence_length) {
   if (entry.index == nullptr) {
     entry.index = std::make_unique<EpisodeIndex>(sequence_length);
     for (const auto& [key, info] : live_) entry.index->Append(info);
+    entry.index->CopyPriorities(*indexes_.find(default_length_)->second.index);
   }
   if (indexes_.size() > kMaxIndexes) {
     auto oldest = indexes_.end();

@@ -16,6 +16,8 @@
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "absl/types/span.h"
+#include "libs/replay/chunk_priorities.h"
 #include "libs/replay/episode_index.h"
 #include "libs/replay/sampler.h"
 #include "libs/replay/store.h"
@@ -51,6 +53,9 @@ class DataSet {
   int64_t clears() const;
   // `count` independent draws; none when there is nothing to draw from.
   std::vector<Sequence> Sample(const Sampler& sampler, int sequence_length, int count, std::mt19937_64& random);
+  // Sets priorities for samplers by priority, of every length: how many were for live chunks. They are forgotten with
+  // everything else (clears), and every chunk has 1 again.
+  int SetPriorities(absl::Span<const ChunkPriority> priorities);
   // The live chunks of at most `max` episodes of that mode (none given: of any) from number `first` on, by episode and row.
   // Sets `next` to the number of the episode after them, 0 when there is none.
   std::vector<std::vector<ChunkInfo>> Episodes(int64_t first, int max, std::optional<EpisodeMode> mode, int64_t& next) const;

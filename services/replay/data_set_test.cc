@@ -192,6 +192,55 @@ TEST_F(DataSetTest, StaysUniformAfterEvictionsAndARestart) {
   }
 }
 
+// The probabilities that a sampler by priority gives to what it draws, and what they must be.
+void ExpectPrioritized(Followed& followed, const NaiveIndex& priorities, int length) {
+  const std::map<Start, double> expected = priorities.WithLength(length).Prioritized(1, 0.1);
+  const auto sampler = MakePrioritizedSampler(1, 0.1);
+  ASSERT_OK(sampler);
+  std::mt19937_64 random(1);
+  std::set<Start> drawn;
+  for (const Sequence& sequence : followed.data_set().Sample(**sampler, length, 5000, random)) {
+    const Start start = {sequence.episode_id, sequence.first_row};
+    ASSERT_NEAR(sequence.probability, expected.at(start), 1e-12) << start.first << " " << start.second << " length " << length;
+    drawn.insert(start);
+  }
+  EXPECT_EQ(drawn.size(), expected.size());
+}
+
+TEST_F(DataSetTest, KeepsPrioritiesForEveryLengthUntilItReadsEverythingAnew) {
+  Followed followed(3, {kEverything, kEverything}, 100000, 0);
+  NaiveIndex model(3);
+  const auto append = [&](int64_t episode, int64_t row) {
+    followed.Append(Info(episode, row, 4));
+    model.Append(Info(episode, row, 4));
+    followed.CatchUp();
+  };
+  const std::vector<ChunkPriority> priorities = {{{1, 0}, 5}, {{7, 0}, 9}, {{2, 0}, 0.5}};
+  for (const int64_t row : {0, 4}) {
+    append(1, row);
+    append(2, row);
+  }
+  ASSERT_NO_FATAL_FAILURE(ExpectPrioritized(followed, model, 3));
+  EXPECT_EQ(followed.data_set().SetPriorities(priorities), 2);
+  for (const ChunkPriority& priority : priorities) model.SetPriority(priority.key, priority.priority);
+  // More lengths than indexes are kept; new chunks have 5.
+  for (const int64_t row : {8, 12, 16}) {
+    append(2, row);
+    for (const int length : {3, 1, 2, 4, 5, 6, 7, 8, 1}) {
+      ASSERT_NO_FATAL_FAILURE(ExpectPrioritized(followed, model, length)) << "row " << row;
+    }
+  }
+  // For a chunk named twice the last one counts.
+  EXPECT_EQ(followed.data_set().SetPriorities({{{1, 4}, 8}, {{1, 4}, 3}}), 2);
+  model.SetPriority({1, 4}, 8);
+  model.SetPriority({1, 4}, 3);
+  append(1, 8);
+  ASSERT_NO_FATAL_FAILURE(ExpectPrioritized(followed, model, 5));
+  followed.Restart();
+  followed.CatchUp();
+  ASSERT_NO_FATAL_FAILURE(ExpectPrioritized(followed, followed.model(), 5));
+}
+
 TEST_F(DataSetTest, ListsEpisodesByPage) {
   Followed followed(2, {kEverything, kEverything}, 100000, 0);
   for (const int64_t episode : {2, 3, 5, 8}) {

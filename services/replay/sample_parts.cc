@@ -19,6 +19,15 @@ static_assert(static_cast<int>(DType::kFloat64) == common::v1::FLOAT64);
 
 absl::Status Gone() { return absl::CancelledError("the caller is gone"); }
 
+void AddStarts(const SequenceBatch& batch, Part& part) {
+  for (const SequenceBatch::Start& start : batch.Starts()) {
+    replay::v1::SampledStart& sent = *part.add_starts();
+    *sent.mutable_chunk() = ToProto(start.chunk);
+    sent.set_begin(start.begin);
+    sent.set_probability(start.probability);
+  }
+}
+
 // `part` is used again for every part: its memory is there already.
 absl::Status SendField(const SequenceBatch& batch, size_t index, bool is_last, Part& part, const SendPart& send) {
   const EncodedRows::Field& field = batch.fields()[index];
@@ -39,6 +48,7 @@ absl::Status SendField(const SequenceBatch& batch, size_t index, bool is_last, P
     data.resize(count * sequence_bytes);
     RETURN_IF_ERROR(batch.Read(index, first, count, data.data()));
     part.set_last_part(is_last && first + count == sequences);
+    if (part.last_part()) AddStarts(batch, part);
     if (!send(part)) return Gone();
   }
   return absl::OkStatus();
@@ -73,9 +83,11 @@ absl::Status SendSampledChunks(const SequenceBatch& batch, int64_t number, const
   }
   if (!send(part)) return Gone();
   part.clear_chunks();
-  for (const std::vector<SequenceBatch::Slice>& slices : batch.sequences()) {
+  const std::vector<SequenceBatch::Start> starts = batch.Starts();
+  for (size_t i = 0; i < starts.size(); ++i) {
     replay::v1::SampledSequence& sequence = *part.add_sequences();
-    for (const SequenceBatch::Slice& slice : slices) {
+    sequence.set_probability(starts[i].probability);
+    for (const SequenceBatch::Slice& slice : batch.sequences()[i]) {
       replay::v1::SampledSlice& sent = *sequence.add_slices();
       sent.set_chunk(slice.chunk);
       sent.set_begin(slice.begin);

@@ -19,15 +19,17 @@ absl::StatusOr<SequenceBatch> SequenceReader::Open(const std::vector<Sequence>& 
   std::vector<SequenceBatch::Source> chunks;
   std::map<ChunkKey, int32_t> numbers;
   std::vector<std::vector<SequenceBatch::Slice>> slices(sequences.size());
+  std::vector<double> probabilities;
   for (size_t i = 0; i < sequences.size(); ++i) {
     for (const ChunkSlice& slice : sequences[i].slices) {
       const auto [number, is_new] = numbers.emplace(slice.key, static_cast<int32_t>(chunks.size()));
       if (is_new) chunks.push_back({slice.key, nullptr});
       slices[i].push_back({number->second, slice.begin, slice.rows});
     }
+    probabilities.push_back(sequences[i].probability);
   }
   RETURN_IF_ERROR(Fill(chunks, epoch));
-  return SequenceBatch::Create(std::move(chunks), std::move(slices));
+  return SequenceBatch::Create(std::move(chunks), std::move(slices), std::move(probabilities));
 }
 
 absl::Status SequenceReader::Fill(std::vector<SequenceBatch::Source>& chunks, int64_t epoch) {

@@ -235,8 +235,10 @@ TEST(SampleSequences, GivesTheSameRowsDecodedHereOrThere) {
   options.seed = 9;
   const auto stream = SequenceStream::Create(channel, options);
   ArrayMap batch;
+  std::vector<SequenceBatch::Start> starts;
   for (int64_t number = 0; number < 15; ++number) {
-    ASSERT_OK(stream->Next(batch, Soon()));
+    ASSERT_OK(stream->Next(batch, starts, Soon()));
+    ASSERT_EQ(starts.size(), 6u);
     std::vector<Sequence> sequences(6);
     for (size_t s = 0; s < 6; ++s) {
       sequences[s].episode_id = batch["place"].as<int64_t>()[20 * s];
@@ -249,10 +251,19 @@ TEST(SampleSequences, GivesTheSameRowsDecodedHereOrThere) {
       ASSERT_TRUE(decoded->Read(&part));
       ASSERT_EQ(part.batch(), number);
       EXPECT_EQ(part.chunks_size() + part.sequences_size(), 0);
+      EXPECT_EQ(part.starts_size(), part.last_part() ? 6 : 0);
       bytes[part.field().name()] += part.field().tensor().data();
     } while (!part.last_part());
     ASSERT_EQ(bytes.size(), batch.size());
     for (const auto& [name, array] : batch) EXPECT_EQ(bytes[name], array.bytes) << name;
+    for (int s = 0; s < 6; ++s) {
+      const replay::v1::SampledStart& sent = part.starts(s);
+      const ChunkKey key = {sent.chunk().episode_id(), sent.chunk().first_row()};
+      EXPECT_EQ(starts[s], (SequenceBatch::Start{key, sent.begin(), 1.0 / 61}));
+      EXPECT_EQ(sent.probability(), 1.0 / 61);  // of 70 rows
+      EXPECT_EQ(sequences[s].episode_id, sent.chunk().episode_id());
+      EXPECT_EQ(sequences[s].first_row, sent.chunk().first_row() + sent.begin());
+    }
   }
   EXPECT_THAT(stream->Next(batch, Soon()), StatusIs(absl::StatusCode::kOutOfRange));
   EXPECT_FALSE(decoded->Read(std::make_unique<SampleSequencesResponse>().get()));

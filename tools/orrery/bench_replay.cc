@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -27,6 +28,7 @@
 #include "libs/learning/mirror.h"
 #include "libs/replay/chunk_codec.h"
 #include "libs/replay/episode_index.h"
+#include "libs/replay/sampler.h"
 #include "libs/telemetry/service_host.h"
 #include "libs/world_model/world_model.h"
 #include "services/replay/replay_service_impl.h"
@@ -371,39 +373,61 @@ std::optional<int64_t> AllocatedBytes() {
   return static_cast<int64_t>(allocated - freed);
 }
 
-absl::Status BenchScaling(const Flags& flags, int64_t rows) {
-  const int64_t chunks = (rows + kScalingChunkRows - 1) / kScalingChunkRows;
+// What `does` allocates for each of `rows` rows; null when the allocator does not count.
+nlohmann::ordered_json AllocatedPerRow(int64_t rows, const std::function<void()>& does) {
   const std::optional<int64_t> before = AllocatedBytes();
-  EpisodeIndex index(kScalingLength);
-  for (int64_t i = 0; i < chunks; ++i) index.Append(ScalingInfo(i, 1));
+  does();
   const std::optional<int64_t> after = AllocatedBytes();
+  if (!before.has_value() || !after.has_value()) return nullptr;
+  return static_cast<double>(*after - *before) / static_cast<double>(rows);
+}
+
+// Microseconds for a batch that `sampler` draws.
+absl::StatusOr<double> DrawMicros(const Flags& flags, const Sampler& sampler, EpisodeIndex& index) {
   std::mt19937_64 random(1);
-  const int draws = flags.batches * kScalingBatch;
-  ASSIGN_OR_RETURN(const double index_seconds, MedianSeconds(flags, [&]() -> absl::Status {
-                     for (int i = 0; i < draws; ++i) {
-                       if (!index.Sample(random).has_value()) return absl::InternalError("the index drew no sequence");
+  ASSIGN_OR_RETURN(const double seconds, MedianSeconds(flags, [&]() -> absl::Status {
+                     for (int i = 0; i < flags.batches; ++i) {
+                       if (sampler.Draw(index, kScalingBatch, random).empty()) {
+                         return absl::InternalError("the index drew no sequence");
+                       }
                      }
                      return absl::OkStatus();
                    }));
+  return 1e6 * seconds / flags.batches;
+}
+
+absl::Status BenchScaling(const Flags& flags, int64_t rows) {
+  const int64_t chunks = (rows + kScalingChunkRows - 1) / kScalingChunkRows;
+  const int64_t held = chunks * kScalingChunkRows;
+  EpisodeIndex index(kScalingLength);
+  const nlohmann::ordered_json index_bytes = AllocatedPerRow(held, [&] {
+    for (int64_t i = 0; i < chunks; ++i) index.Append(ScalingInfo(i, 1));
+  });
+  ASSIGN_OR_RETURN(const double draw_micros, DrawMicros(flags, *MakeUniformSampler(), index));
+  ASSIGN_OR_RETURN(const auto by_priority, MakePrioritizedSampler(kDefaultPriorityExponent, kDefaultUniformShare));
+  std::mt19937_64 random(1);
+  const nlohmann::ordered_json priority_bytes = AllocatedPerRow(held, [&] {
+    std::exponential_distribution<double> priority;
+    for (int64_t i = 0; i < chunks; ++i) index.SetPriority(ScalingInfo(i, 1).key, priority(random));
+    by_priority->Draw(index, 1, random);
+  });
+  ASSIGN_OR_RETURN(const double prioritized_micros, DrawMicros(flags, *by_priority, index));
   ASSIGN_OR_RETURN(const std::unique_ptr<Mirror> mirror, ScalingMirror(chunks));
   MirroredSource source(mirror.get(), kScalingBatch, /*seed=*/1);
   ASSIGN_OR_RETURN(const double seconds, MedianSeconds(flags, [&]() -> absl::Status {
                      for (int i = 0; i < flags.batches; ++i) RETURN_IF_ERROR(source.Next(Deadline()).status());
                      return absl::OkStatus();
                    }));
-  const int64_t held = chunks * kScalingChunkRows;
-  nlohmann::ordered_json result = {{"what", "sample_scaling"},
-                                   {"rows", held},
-                                   {"batch", kScalingBatch},
-                                   {"length", kScalingLength},
-                                   {"row_bytes", mirror->row_bytes()},
-                                   {"batches_per_second", flags.batches / seconds},
-                                   {"draw_batch_micros", 1e6 * index_seconds / flags.batches},
-                                   {"index_bytes_per_row", nullptr}};
-  if (before.has_value() && after.has_value()) {
-    result["index_bytes_per_row"] = static_cast<double>(*after - *before) / static_cast<double>(held);
-  }
-  PrintResult(flags, result);
+  PrintResult(flags, {{"what", "sample_scaling"},
+                      {"rows", held},
+                      {"batch", kScalingBatch},
+                      {"length", kScalingLength},
+                      {"row_bytes", mirror->row_bytes()},
+                      {"batches_per_second", flags.batches / seconds},
+                      {"draw_batch_micros", draw_micros},
+                      {"draw_prioritized_batch_micros", prioritized_micros},
+                      {"index_bytes_per_row", index_bytes},
+                      {"priority_bytes_per_row", priority_bytes}});
   return absl::OkStatus();
 }
 
