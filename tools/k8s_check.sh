@@ -80,6 +80,8 @@ render() {
       done
     done
   done
+  render_components data-parallel
+  render_components gpu data-parallel monitoring
 }
 
 # render_components COMPONENT…

@@ -343,8 +343,9 @@ absl::Status FileStore::CompareAndSet(const std::string& name, int64_t expected_
   if (kept.version != expected_version) {
     return absl::AbortedError(absl::StrCat("value '", name, "' has version ", kept.version, ", not ", expected_version));
   }
-  RETURN_IF_ERROR(WriteFileAtomically(ValuePath(name), Seal("value", expected_version + 1, 0, value)));
-  kept = {value, expected_version + 1};
+  const int64_t version = NextVersion(expected_version, value);
+  RETURN_IF_ERROR(WriteFileAtomically(ValuePath(name), Seal("value", version, 0, value)));
+  kept = {value, version};
   return absl::OkStatus();
 }
 

@@ -67,7 +67,7 @@ class MemoryStore : public Store {
     if (kept.version != expected_version) {
       return absl::AbortedError(absl::StrCat("value '", name, "' has version ", kept.version, ", not ", expected_version));
     }
-    kept = {value, expected_version + 1};
+    kept = {value, NextVersion(expected_version, value)};
     return absl::OkStatus();
   }
 

@@ -42,7 +42,8 @@ struct RedisClient::Call {
   }
 };
 
-RedisClient::RedisClient(RedisLocation location, absl::Duration timeout) : timeout_(timeout), nodes_(std::move(location)) {}
+RedisClient::RedisClient(RedisLocation location, absl::Duration timeout, int max_connections)
+    : timeout_(timeout), nodes_(std::move(location), max_connections) {}
 RedisClient::~RedisClient() = default;
 
 absl::StatusOr<std::string> RedisClient::LoadScript(const std::string& source) {
@@ -148,17 +149,16 @@ absl::Status RedisClient::Accept(const RedisEndpoint& from, size_t index, RedisR
 absl::StatusOr<std::vector<RedisReply>> RedisClient::Exchange(RedisPool& pool, absl::Span<const RedisCommand* const> commands,
                                                               bool repeatable, absl::Time deadline, bool& sent) {
   for (int attempt = 0;; ++attempt) {
-    bool was_idle = false;
-    ASSIGN_OR_RETURN(std::unique_ptr<RedisConnection> connection, pool.Take(deadline, was_idle));
+    ASSIGN_OR_RETURN(RedisPool::Loan connection, pool.Take(deadline));
     sent = true;
     absl::StatusOr<std::vector<RedisReply>> replies = connection->Run(commands, deadline);
     if (replies.ok()) {
       RETURN_IF_ERROR(RunUnknownScripts(*connection, commands, *replies, deadline));
-      pool.GiveBack(std::move(connection));
+      connection.GiveBack();
       return replies;
     }
     pool.Clear();
-    if (!was_idle || !repeatable || connection->timed_out() || attempt > 0) return replies.status();
+    if (!connection.was_idle() || !repeatable || connection->timed_out() || attempt > 0) return replies.status();
   }
 }
 
@@ -202,8 +202,8 @@ absl::Status RedisClient::Scan(const std::string& pattern, const KeyVisitor& vis
   return absl::OkStatus();
 }
 
-// Redis waits on streams of one slot at a time, so in a cluster each has a connection of its own. Those that were not answered
-// are kept, still waiting, for the next call: no change can slip through, and connections are not made again and again.
+// Redis waits on streams of one slot at a time, so in a cluster each has a connection of its own. They are kept for the next
+// call, still waiting if they were not answered: no change can slip through, and connections are not made again and again.
 absl::Status RedisClient::Await(absl::Span<const StreamPosition> streams, absl::Duration wait) {
   const absl::Time deadline = absl::Now() + wait;
   const size_t group = nodes_.cluster() ? 1 : std::max<size_t>(1, streams.size());
@@ -220,13 +220,13 @@ absl::Status RedisClient::Await(absl::Span<const StreamPosition> streams, absl::
   }
   bool pause = false;
   for (size_t i = 0; i < watches.size(); ++i) {
-    if (polled[i].revents == 0) {
-      absl::MutexLock lock(&mu_);
-      watches_.insert_or_assign(watches[i].first, std::move(watches[i].second));
-    } else {
-      ASSIGN_OR_RETURN(const bool told, EndWatch(std::move(watches[i].second)));
+    auto& [key, watch] = watches[i];
+    if (polled[i].revents != 0) {
+      ASSIGN_OR_RETURN(const bool told, EndWatch(watch));
       pause = pause || !told;
     }
+    absl::MutexLock lock(&mu_);
+    if (watch.connection != nullptr) watches_.insert_or_assign(key, std::move(watch));
   }
   if (pause) absl::SleepFor(std::min(kLongPause, deadline - absl::Now()));
   return absl::OkStatus();
@@ -246,17 +246,18 @@ absl::StatusOr<RedisClient::Watch> RedisClient::StartWatch(absl::Span<const Stre
   }
   if (watch.connection != nullptr && watch.pool == pool && now < watch.expires + timeout_) {
     pollfd polled = {watch.connection->fd(), POLLIN, 0};
-    if (poll(&polled, 1, 0) == 0) return watch;
-    // Answered since: about entries that the caller has seen by now, or in vain.
-    if (!watch.connection->Receive(now + timeout_).ok()) watch.connection.reset();
+    const bool readable = poll(&polled, 1, 0) != 0;
+    if (watch.waiting && !readable) return watch;
+    // Answered since, about entries that the caller has seen by now, or in vain. Where nothing was asked: it was closed.
+    if (readable && (!watch.waiting || !watch.connection->Receive(now + timeout_).ok())) watch.connection.reset();
   } else {
     watch.connection.reset();
   }
-  bool was_idle = false;
   if (watch.connection == nullptr) {
-    ASSIGN_OR_RETURN(watch.connection, pool->Take(now + timeout_, was_idle));
+    ASSIGN_OR_RETURN(watch.connection, pool->Open(now + timeout_));
   }
   watch.pool = pool;
+  watch.waiting = true;
   watch.expires = now + wait;
   const int64_t block = std::max<int64_t>(1, absl::ToInt64Milliseconds(wait));
   RedisCommand command = {"XREAD", "COUNT", "1", "BLOCK", absl::StrCat(block), "STREAMS"};
@@ -266,15 +267,16 @@ absl::StatusOr<RedisClient::Watch> RedisClient::StartWatch(absl::Span<const Stre
   return watch;
 }
 
-absl::StatusOr<bool> RedisClient::EndWatch(Watch watch) {
+absl::StatusOr<bool> RedisClient::EndWatch(Watch& watch) {
   const absl::StatusOr<RedisReply> reply = watch.connection->Receive(absl::Now() + timeout_);
+  watch.waiting = false;
   if (!reply.ok()) {
+    watch.connection.reset();
     watch.pool->Clear();
     nodes_.Forget();
     return false;
   }
   const RedisEndpoint& endpoint = watch.pool->endpoint();
-  watch.pool->GiveBack(std::move(watch.connection));
   if (reply->kind != RedisReply::Kind::kError) return true;
   const absl::Status status = RedisErrorStatus(endpoint, reply->text);
   if (!absl::IsUnavailable(status) && !(nodes_.cluster() && ParseRedisRedirect(reply->text, endpoint).has_value())) return status;

@@ -18,13 +18,14 @@
 
 namespace orrery {
 
-// Thread-safe. A call takes at most about `timeout` (Await its `wait` beside that, Scan so much for each step). In a cluster
+// Thread-safe. A call takes at most about `timeout` (Await its `wait` beside that, Scan so much for each step) and uses one of
+// the `max_connections` to each node, for which it may have to wait; Await has some of its own beside them. In a cluster
 // each command goes to the node that has its key: the word after the command, or the first key of a script. Redirections are
 // followed; while slots move, a node loads its data or a replica takes over, commands are sent again until the timeout has
 // passed. Errors name the node: those of RedisErrorStatus, and UNAVAILABLE when there is no connection or no answer in time.
 class RedisClient {
  public:
-  RedisClient(RedisLocation location, absl::Duration timeout);
+  RedisClient(RedisLocation location, absl::Duration timeout, int max_connections);
   ~RedisClient();
 
   // Loads a script into Redis and returns its SHA-1, by which Script() calls it.
@@ -52,11 +53,12 @@ class RedisClient {
 
  private:
   struct Call;
-  // A connection on which a blocking XREAD has not been answered yet.
+  // A connection for a blocking XREAD.
   struct Watch {
     std::shared_ptr<RedisPool> pool;
     std::unique_ptr<RedisConnection> connection;
-    absl::Time expires;  // Redis answers until then
+    bool waiting = false;  // it has not been answered yet
+    absl::Time expires;    // Redis answers until then
   };
 
   // One go at the commands of a call that have no reply yet; at those of one node; at one that another node is to be asked for.
@@ -73,14 +75,14 @@ class RedisClient {
                                  std::vector<RedisReply>& replies, absl::Time deadline) ABSL_LOCKS_EXCLUDED(mu_);
 
   absl::StatusOr<Watch> StartWatch(absl::Span<const StreamPosition> streams, absl::Duration wait) ABSL_LOCKS_EXCLUDED(mu_);
-  // Takes the answer of a watch. False: it says nothing of the stream.
-  absl::StatusOr<bool> EndWatch(Watch watch);
+  // Takes the answer of a watch, which is without a connection when that broke. False: it says nothing of the stream.
+  absl::StatusOr<bool> EndWatch(Watch& watch);
 
   const absl::Duration timeout_;
   RedisNodes nodes_;
   absl::Mutex mu_;
   std::map<std::string, std::string> scripts_ ABSL_GUARDED_BY(mu_);  // by SHA-1
-  std::map<std::string, Watch> watches_ ABSL_GUARDED_BY(mu_);        // not answered when Await ended; by first key
+  std::map<std::string, Watch> watches_ ABSL_GUARDED_BY(mu_);        // for the next Await; by first key
 };
 
 }  // namespace orrery

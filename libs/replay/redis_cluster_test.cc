@@ -274,7 +274,7 @@ TEST_F(SharedClusterTest, RunsAScriptAtANodeThatDoesNotKnowItAndGetsTheSlot) {
   EXPECT_EQ(cluster_->MoveKeys(slot, from, to, 10), "");
   EXPECT_EQ(cluster_->EndMove(slot, from, to), "");
   EXPECT_THAT(store->CompareAndSet("old", 0, "z"), StatusIs(absl::StatusCode::kAborted));
-  EXPECT_OK(store->CompareAndSet("new", 1, "z"));
+  EXPECT_OK(store->CompareAndSet("new", NextVersion(0, "y"), "z"));
 }
 
 TEST_F(SharedClusterTest, OneNodeThatAnswersIsEnoughToOpen) {
@@ -317,7 +317,7 @@ TEST_F(RedisClusterTest, GoesOnWithTheReplicaOfAPrimaryThatWasKilled) {
   EXPECT_THAT(cluster->Ask(replica, {"INFO", "replication"}), HasSubstr("role:master"));
   EXPECT_OK(store->Now());
   EXPECT_EQ(store->Get("run")->value, "state");
-  EXPECT_OK(store->CompareAndSet("run", 1, "next"));
+  EXPECT_OK(store->CompareAndSet("run", NextVersion(0, "state"), "next"));
   // A reader that goes on where it was gets what is new, once.
   std::string cursor = before.cursor;
   std::vector<ChunkKey> fresh;

@@ -15,8 +15,6 @@
 namespace orrery {
 namespace {
 
-constexpr size_t kMaxIdle = 16;
-
 // hiredis writes with write(), which raises SIGPIPE when Redis has gone away.
 void IgnoreSigpipe() {
   struct sigaction action {};
@@ -172,22 +170,47 @@ absl::StatusOr<RedisReply> RedisConnection::Receive(absl::Time deadline) {
   return Next();
 }
 
-absl::StatusOr<std::unique_ptr<RedisConnection>> RedisPool::Take(absl::Time deadline, bool& was_idle) {
-  {
-    absl::MutexLock lock(&mu_);
-    was_idle = !idle_.empty();
-    if (was_idle) {
-      std::unique_ptr<RedisConnection> connection = std::move(idle_.back());
-      idle_.pop_back();
-      return connection;
-    }
+bool RedisPool::AwaitPlace(absl::Time deadline) {
+  if (taken_ < limit_) {  // then nobody waits
+    ++taken_;
+    return true;
   }
-  return RedisConnection::Open(endpoint_, login_, deadline);
+  Waiter waiter;
+  waiting_.push_back(&waiter);
+  while (!waiter.served && absl::Now() < deadline) waiter.turn.WaitWithDeadline(&mu_, deadline);
+  if (!waiter.served) waiting_.erase(std::find(waiting_.begin(), waiting_.end(), &waiter));
+  return waiter.served;
 }
 
-void RedisPool::GiveBack(std::unique_ptr<RedisConnection> connection) {
+absl::StatusOr<RedisPool::Loan> RedisPool::Take(absl::Time deadline) {
+  {
+    absl::MutexLock lock(&mu_);
+    if (!AwaitPlace(deadline)) {
+      return absl::UnavailableError(
+          absl::StrCat(Name(endpoint_), ": all ", limit_, " connections are in use, and none became free in time"));
+    }
+    if (!idle_.empty()) {
+      std::unique_ptr<RedisConnection> connection = std::move(idle_.back());
+      idle_.pop_back();
+      return Loan(this, std::move(connection), /*was_idle=*/true);
+    }
+  }
+  absl::StatusOr<std::unique_ptr<RedisConnection>> connection = Open(deadline);
+  if (connection.ok()) return Loan(this, *std::move(connection), /*was_idle=*/false);
+  Return(nullptr);
+  return connection.status();
+}
+
+void RedisPool::Return(std::unique_ptr<RedisConnection> connection) {
   absl::MutexLock lock(&mu_);
-  if (idle_.size() < kMaxIdle) idle_.push_back(std::move(connection));
+  if (connection != nullptr) idle_.push_back(std::move(connection));
+  if (waiting_.empty()) {
+    --taken_;
+    return;
+  }
+  waiting_.front()->served = true;
+  waiting_.front()->turn.Signal();
+  waiting_.pop_front();
 }
 
 void RedisPool::Clear() {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <string>
 #include <utility>
@@ -66,23 +67,74 @@ class RedisConnection {
   bool timed_out_ = false;
 };
 
-// Thread-safe: keeps connections to one endpoint, as one serves one thread at a time.
+// Thread-safe: at most `limit` connections to one endpoint, kept while they are not used, as one serves one thread at a time.
 class RedisPool {
  public:
-  RedisPool(RedisEndpoint endpoint, RedisLogin login) : endpoint_(std::move(endpoint)), login_(std::move(login)) {}
+  // A connection, and its place among those of the pool. Without GiveBack the connection is closed. Not thread-safe; ends
+  // before the pool does.
+  class Loan {
+   public:
+    Loan(RedisPool* pool, std::unique_ptr<RedisConnection> connection, bool was_idle)
+        : pool_(pool), connection_(std::move(connection)), was_idle_(was_idle) {}
+    ~Loan() {
+      connection_.reset();
+      if (pool_ != nullptr) pool_->Return(nullptr);
+    }
+    Loan(Loan&& other) noexcept
+        : pool_(std::exchange(other.pool_, nullptr)), connection_(std::move(other.connection_)), was_idle_(other.was_idle_) {}
+    Loan& operator=(Loan&&) = delete;
 
-  // An idle connection (`was_idle`: it may turn out to be dead) or a new one; errors as RedisConnection::Open.
-  absl::StatusOr<std::unique_ptr<RedisConnection>> Take(absl::Time deadline, bool& was_idle) ABSL_LOCKS_EXCLUDED(mu_);
-  void GiveBack(std::unique_ptr<RedisConnection> connection) ABSL_LOCKS_EXCLUDED(mu_);
+    RedisConnection* operator->() const { return connection_.get(); }
+    RedisConnection& operator*() const { return *connection_; }
+    // It may turn out to be dead.
+    bool was_idle() const { return was_idle_; }
+    // For a connection that works: the next one may use it.
+    void GiveBack() { std::exchange(pool_, nullptr)->Return(std::move(connection_)); }
+
+   private:
+    RedisPool* pool_;
+    std::unique_ptr<RedisConnection> connection_;
+    bool was_idle_;
+  };
+
+  RedisPool(RedisEndpoint endpoint, RedisLogin login, int limit)
+      : endpoint_(std::move(endpoint)), login_(std::move(login)), limit_(static_cast<size_t>(limit)) {}
+
+  // An idle connection or a new one. When all are lent, those who wait get one in the order of their coming. UNAVAILABLE: none
+  // came back until `deadline`; other errors as RedisConnection::Open.
+  absl::StatusOr<Loan> Take(absl::Time deadline) ABSL_LOCKS_EXCLUDED(mu_);
+  // One for somebody who keeps it for long, beside the limit.
+  absl::StatusOr<std::unique_ptr<RedisConnection>> Open(absl::Time deadline) const {
+    return RedisConnection::Open(endpoint_, login_, deadline);
+  }
   // Closes the idle connections: if one is dead (Redis was restarted), so are the others.
   void Clear() ABSL_LOCKS_EXCLUDED(mu_);
   const RedisEndpoint& endpoint() const { return endpoint_; }
+  // Calls of Take that wait now, for tests.
+  size_t waiting() const ABSL_LOCKS_EXCLUDED(mu_) {
+    absl::MutexLock lock(&mu_);
+    return waiting_.size();
+  }
 
  private:
+  struct Waiter {
+    absl::CondVar turn;
+    bool served = false;
+  };
+  // False: not before `deadline`.
+  bool AwaitPlace(absl::Time deadline) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // A place is free again; with the connection that works, or null.
+  void Return(std::unique_ptr<RedisConnection> connection) ABSL_LOCKS_EXCLUDED(mu_);
+
   const RedisEndpoint endpoint_;
   const RedisLogin login_;
-  absl::Mutex mu_;
+  const size_t limit_;
+  mutable absl::Mutex mu_;
+  // Connections are lent or idle. A place that is taken without one opens one only when none is idle, so lent and idle ones
+  // together are at most limit_.
   std::vector<std::unique_ptr<RedisConnection>> idle_ ABSL_GUARDED_BY(mu_);
+  size_t taken_ ABSL_GUARDED_BY(mu_) = 0;  // places
+  std::deque<Waiter*> waiting_ ABSL_GUARDED_BY(mu_);
 };
 
 }  // namespace orrery

@@ -13,14 +13,13 @@ namespace {
 
 absl::StatusOr<std::vector<RedisSlotRange>> AskForSlots(RedisPool& pool, absl::Time deadline) {
   static const RedisCommand kCommand = {"CLUSTER", "SLOTS"};
-  bool was_idle = false;
-  ASSIGN_OR_RETURN(std::unique_ptr<RedisConnection> connection, pool.Take(deadline, was_idle));
+  ASSIGN_OR_RETURN(RedisPool::Loan connection, pool.Take(deadline));
   const absl::StatusOr<std::vector<RedisReply>> replies = connection->Run({&kCommand}, deadline);
   if (!replies.ok()) {
     pool.Clear();
     return replies.status();
   }
-  pool.GiveBack(std::move(connection));
+  connection.GiveBack();
   const RedisReply& reply = (*replies)[0];
   if (reply.kind == RedisReply::Kind::kError) return RedisErrorStatus(pool.endpoint(), reply.text);
   ASSIGN_OR_RETURN(std::vector<RedisSlotRange> ranges, ParseRedisSlots(reply, pool.endpoint()));
@@ -30,7 +29,8 @@ absl::StatusOr<std::vector<RedisSlotRange>> AskForSlots(RedisPool& pool, absl::T
 
 }  // namespace
 
-RedisNodes::RedisNodes(RedisLocation location) : location_(std::move(location)) {
+RedisNodes::RedisNodes(RedisLocation location, int max_connections)
+    : location_(std::move(location)), max_connections_(max_connections) {
   absl::MutexLock lock(&mu_);
   for (const RedisEndpoint& endpoint : location_.endpoints) Pool(endpoint);
   if (location_.cluster) return;
@@ -40,7 +40,7 @@ RedisNodes::RedisNodes(RedisLocation location) : location_(std::move(location)) 
 
 std::shared_ptr<RedisPool> RedisNodes::Pool(const RedisEndpoint& endpoint) {
   std::shared_ptr<RedisPool>& pool = pools_[endpoint];
-  if (pool == nullptr) pool = std::make_shared<RedisPool>(endpoint, location_.login);
+  if (pool == nullptr) pool = std::make_shared<RedisPool>(endpoint, location_.login, max_connections_);
   return pool;
 }
 

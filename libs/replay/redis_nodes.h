@@ -19,7 +19,8 @@ namespace orrery {
 // Thread-safe. Asks any node of a cluster where the slots are, when that is needed and not known. One Redis has them all.
 class RedisNodes {
  public:
-  explicit RedisNodes(RedisLocation location);
+  // `max_connections`: to each node.
+  RedisNodes(RedisLocation location, int max_connections);
 
   bool cluster() const { return location_.cluster; }
   // The node that has the key. UNAVAILABLE: no node knows, or no node has it.
@@ -43,6 +44,7 @@ class RedisNodes {
   std::shared_ptr<RedisPool> Pool(const RedisEndpoint& endpoint) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   const RedisLocation location_;
+  const int max_connections_;
   absl::Mutex mu_;
   std::map<RedisEndpoint, std::shared_ptr<RedisPool>> pools_ ABSL_GUARDED_BY(mu_);
   std::map<int, SlotOwner> owners_ ABSL_GUARDED_BY(mu_);  // by last slot

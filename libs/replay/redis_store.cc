@@ -25,6 +25,7 @@ namespace {
 
 constexpr char kSchema[] = "1";
 constexpr int kMaxPartitions = 1024;
+constexpr int kMaxConnections = 10000;
 // Chunks of one pipeline or script: bounds the memory of replies and the time that Redis serves nobody else.
 constexpr size_t kReadBatch = 32;
 constexpr size_t kEvictBatch = 256;
@@ -116,7 +117,8 @@ struct Cursor {
 class RedisStore : public Store {
  public:
   RedisStore(const StoreOptions& options, RedisLocation location)
-      : run_(options.run), log_length_(absl::StrCat(options.change_log_length)), client_(std::move(location), options.timeout) {}
+      : run_(options.run), log_length_(absl::StrCat(options.change_log_length)),
+        client_(std::move(location), options.timeout, options.max_connections) {}
 
   // With 0 partitions an existing data set is opened, or it is NOT_FOUND.
   absl::Status Open(int partitions);
@@ -429,10 +431,10 @@ absl::StatusOr<Store::TimedValue> RedisStore::GetUnlessKnown(const std::string& 
 // Not repeated when a connection breaks: if the first one was done, the second would look as if another came first.
 absl::Status RedisStore::CompareAndSet(const std::string& name, int64_t expected_version, const std::string& value) {
   RETURN_IF_ERROR(CheckName("name of a value", name));
+  const std::vector<std::string> arguments = {absl::StrCat(expected_version), absl::StrCat(NextVersion(expected_version, value)),
+                                              value, HashText(ValueHash(value))};
   ASSIGN_OR_RETURN(const RedisReply reply,
-                   client_.RunOne(RedisClient::Script(compare_and_set_, {RunKey(absl::StrCat("value:", name))},
-                                                      {absl::StrCat(expected_version), absl::StrCat(expected_version + 1), value,
-                                                       HashText(ValueHash(value))}),
+                   client_.RunOne(RedisClient::Script(compare_and_set_, {RunKey(absl::StrCat("value:", name))}, arguments),
                                   /*repeatable=*/false));
   if (reply.kind == RedisReply::Kind::kInteger) return absl::OkStatus();
   return absl::AbortedError(absl::StrCat("value '", name, "' has version ", reply.text, ", not ", expected_version));
@@ -495,7 +497,7 @@ absl::Status Unlink(RedisClient& client, const std::vector<std::string>& keys) {
 
 // The names of the runs that have a data set there.
 absl::StatusOr<std::set<std::string>> FindRuns(const RedisLocation& location, absl::Duration timeout) {
-  RedisClient client(location, timeout);
+  RedisClient client(location, timeout, /*max_connections=*/1);
   std::set<std::string> runs;
   const auto add = [&runs](const std::vector<std::string>& keys) {
     for (absl::string_view key : keys) {
@@ -531,6 +533,10 @@ absl::StatusOr<std::unique_ptr<Store>> OpenRedisStore(const StoreOptions& option
   if (options.partitions < 1 || options.partitions > kMaxPartitions) {
     return absl::InvalidArgumentError(absl::StrCat("partitions is ", options.partitions, ", expected 1 to ", kMaxPartitions));
   }
+  if (options.max_connections < 1 || options.max_connections > kMaxConnections) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("max_connections is ", options.max_connections, ", expected 1 to ", kMaxConnections));
+  }
   ASSIGN_OR_RETURN(RedisLocation location, ParseRedisLocation(options.location));
   auto store = std::make_unique<RedisStore>(options, std::move(location));
   RETURN_IF_ERROR(store->Open(options.partitions));
@@ -560,7 +566,7 @@ absl::StatusOr<std::vector<DataSetSummary>> ListRedisDataSets(const std::string&
 // The key by which the data set is found goes last: what was interrupted can be done again.
 absl::Status DeleteRedisDataSet(const StoreOptions& options) {
   ASSIGN_OR_RETURN(RedisLocation location, ParseRedisLocation(options.location));
-  RedisClient client(std::move(location), options.timeout);
+  RedisClient client(std::move(location), options.timeout, options.max_connections);
   const std::string data_set = absl::StrCat(kKeyPrefix, options.run, kDataSetSuffix);
   ASSIGN_OR_RETURN(const RedisReply schema, client.RunOne({"HGET", data_set, "schema"}));
   const bool there = schema.kind != RedisReply::Kind::kNil;

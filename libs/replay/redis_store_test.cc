@@ -6,17 +6,20 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <set>
 #include <thread>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
 #include "libs/base/file.h"
 #include "libs/base/status_matchers.h"
 #include "libs/base/testing.h"
 #include "libs/config/config.h"
 #include "libs/replay/chunk_codec.h"
+#include "libs/replay/redis_connection.h"
 #include "libs/replay/run_coordinator.h"
 #include "libs/replay/testing/chunks.h"
 #include "libs/replay/testing/redis_server.h"
@@ -77,8 +80,28 @@ TEST_F(RedisStoreTest, KeepsItsDataAsDocumented) {
   EXPECT_EQ(Ask({"ZCARD", "orrery:{r:3}:live"}), "0");
   EXPECT_EQ(Ask({"GET", "orrery:{r:3}:sequence"}), "2");
   EXPECT_THAT(Ask({"XRANGE", "orrery:{r:3}:log", "2-0", "+"}), ::testing::StartsWith("[[2-0, [evict, 7 50 10 "));
-  EXPECT_EQ(Ask({"HMGET", "orrery:{r}:value:run", "version", "value"}), "[1, state]");
+  EXPECT_EQ(Ask({"HMGET", "orrery:{r}:value:run", "version", "value"}),
+            absl::StrCat("[", NextVersion(0, "state"), ", state]"));
   EXPECT_EQ(Ask({"HMGET", "orrery:{r}:snapshot", "generation", "counter", "file"}), "[2, 17, file]");
+}
+
+// An elected replica has not got the newest change, and another server makes one in its place.
+TEST_F(RedisStoreTest, AValueFromBeforeAFailoverDoesNotOverwriteAnother) {
+  Start();
+  const auto a = Open(), b = Open();
+  const std::string key = "orrery:{r}:value:run";
+  ASSERT_OK(a->CompareAndSet("run", 0, "common"));
+  ASSERT_OK_AND_ASSIGN(const VersionedValue common, a->Get("run"));
+  const std::string replica = absl::StrCat(key, ":replica");
+  ASSERT_EQ(Ask({"COPY", key, replica}), "1");
+  ASSERT_OK(a->CompareAndSet("run", common.version, "of a"));
+  ASSERT_OK_AND_ASSIGN(const VersionedValue of_a, a->Get("run"));
+  ASSERT_EQ(Ask({"COPY", replica, key, "REPLACE"}), "1");
+  ASSERT_OK(b->CompareAndSet("run", common.version, "of b"));
+  EXPECT_THAT(a->CompareAndSet("run", of_a.version, "of a again"), StatusIs(absl::StatusCode::kAborted));
+  ASSERT_OK_AND_ASSIGN(const VersionedValue of_b, a->Get("run"));
+  EXPECT_EQ(of_b.value, "of b");
+  EXPECT_OK(a->CompareAndSet("run", of_b.version, "of a again"));
 }
 
 TEST_F(RedisStoreTest, LosesNothingThatWasAcknowledgedWhenRedisIsKilled) {
@@ -340,6 +363,119 @@ TEST_F(RedisStoreTest, ListsButDoesNotDeleteAnotherSchema) {
   EXPECT_THAT(DeleteDataSet({.location = server_->url(), .run = "r"}),
               StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("schema version '2', expected 1")));
   EXPECT_EQ(Ask({"EXISTS", "orrery:{r}:data_set"}), "1");
+}
+
+// What Redis itself counts, in its answer to CLIENT LIST. Those who ask that are left out.
+int64_t Connections(const std::string& clients) {
+  const std::vector<absl::string_view> lines = absl::StrSplit(clients, '\n', absl::SkipEmpty());
+  return std::count_if(lines.begin(), lines.end(), [](absl::string_view line) { return !absl::StrContains(line, "cmd=client"); });
+}
+
+TEST_F(RedisStoreTest, ManyThreadsShareAFewConnections) {
+  constexpr int kLimit = 5, kThreads = 60, kChunks = 10;
+  Start();
+  ASSERT_OK_AND_ASSIGN(const auto store, OpenStore({.location = server_->url(), .run = "r", .max_connections = kLimit}));
+  std::atomic<int> running = kThreads;
+  std::vector<std::thread> threads;
+  for (int t = 0; t < kThreads; ++t) {
+    threads.emplace_back([&, t] {
+      for (int i = 0; i < kChunks; ++i) EXPECT_OK(store->Append(MakeChunk(1 + t, i * 10, 10, std::string(10000, 'x'))));
+      --running;
+    });
+  }
+  // A reader that waits has one beside them.
+  std::string cursor;
+  std::set<ChunkKey> seen;
+  int64_t most = 0;
+  for (bool done = false; !done;) {
+    const bool last = running == 0;
+    const auto batch = store->Changes(cursor, 100, absl::Milliseconds(100));
+    EXPECT_OK(batch);
+    done = !batch.ok() || (last && batch->caught_up);
+    if (!batch.ok()) continue;
+    cursor = batch->cursor;
+    for (const Change& change : batch->changes) seen.insert(change.info.key);
+    most = std::max(most, Connections(Ask({"CLIENT", "LIST"})));
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(seen.size(), static_cast<size_t>(kThreads * kChunks));
+  EXPECT_GE(most, kLimit) << "there was no contention";
+  EXPECT_LE(most, kLimit + 1);
+}
+
+TEST_F(RedisStoreTest, RefusesALimitThatCannotBe) {
+  Start();
+  for (const int limit : {0, 10001}) {
+    EXPECT_THAT(OpenStore({.location = server_->url(), .run = "r", .max_connections = limit}),
+                StatusIs(absl::StatusCode::kInvalidArgument,
+                         HasSubstr(absl::StrCat("max_connections is ", limit, ", expected 1 to 10000"))));
+  }
+}
+
+class RedisPoolTest : public RedisStoreTest {
+ protected:
+  static absl::Time Soon() { return absl::Now() + absl::Seconds(60); }
+  static absl::Status Ping(RedisConnection& connection) {
+    const RedisCommand command = {"PING"};
+    return connection.Run({&command}, Soon()).status();
+  }
+};
+
+TEST_F(RedisPoolTest, LendsNoMoreThanItsLimit) {
+  Start();
+  RedisPool pool({"127.0.0.1", server_->port()}, {}, 2);
+  const auto in_use = StatusIs(absl::StatusCode::kUnavailable, HasSubstr("all 2 connections are in use"));
+  {
+    ASSERT_OK_AND_ASSIGN(RedisPool::Loan first, pool.Take(Soon()));
+    ASSERT_OK_AND_ASSIGN(RedisPool::Loan second, pool.Take(Soon()));
+    EXPECT_FALSE(first.was_idle() || second.was_idle());
+    EXPECT_THAT(pool.Take(absl::Now() + absl::Milliseconds(10)).status(), in_use);
+    EXPECT_OK(Ping(*first));
+    first.GiveBack();
+    ASSERT_OK_AND_ASSIGN(RedisPool::Loan third, pool.Take(Soon()));
+    EXPECT_TRUE(third.was_idle());
+    EXPECT_OK(Ping(*third));
+    EXPECT_THAT(pool.Take(absl::InfinitePast()).status(), in_use);
+    ASSERT_OK_AND_ASSIGN(const auto own, pool.Open(Soon()));
+    EXPECT_OK(Ping(*own));
+  }
+  // Neither was given back: their connections are closed, their places free.
+  ASSERT_OK_AND_ASSIGN(RedisPool::Loan first, pool.Take(Soon()));
+  ASSERT_OK_AND_ASSIGN(RedisPool::Loan second, pool.Take(Soon()));
+  EXPECT_FALSE(first.was_idle() || second.was_idle());
+}
+
+TEST_F(RedisPoolTest, AConnectionThatCannotBeMadeLeavesItsPlaceFree) {
+  ASSERT_OK_AND_ASSIGN(const int port, FreePort());
+  RedisPool pool({"127.0.0.1", port}, {}, 1);
+  for (int i = 0; i < 3; ++i) {
+    EXPECT_THAT(pool.Take(Soon()).status(), StatusIs(absl::StatusCode::kUnavailable, HasSubstr("cannot connect")));
+  }
+}
+
+TEST_F(RedisPoolTest, ThoseWhoWaitGetOneInTheOrderOfTheirComing) {
+  constexpr int kWaiters = 4;
+  Start();
+  RedisPool pool({"127.0.0.1", server_->port()}, {}, 1);
+  absl::Mutex mu;
+  std::vector<int> order;
+  std::vector<std::thread> threads;
+  {
+    ASSERT_OK_AND_ASSIGN(RedisPool::Loan first, pool.Take(Soon()));
+    for (int i = 0; i < kWaiters; ++i) {
+      threads.emplace_back([&, i] {
+        absl::StatusOr<RedisPool::Loan> loan = pool.Take(Soon());
+        ASSERT_OK(loan);
+        absl::MutexLock lock(&mu);
+        order.push_back(i);
+        if (i % 2 == 0) loan->GiveBack();  // the others close theirs
+      });
+      while (pool.waiting() <= static_cast<size_t>(i)) std::this_thread::yield();
+    }
+    first.GiveBack();
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_THAT(order, ElementsAre(0, 1, 2, 3));
 }
 
 TEST_F(RedisStoreTest, SaysThatItIsNoCluster) {

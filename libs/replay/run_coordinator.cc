@@ -344,7 +344,8 @@ absl::StatusOr<absl::Time> RunCoordinator::Refresh() {
 
 absl::Status RunCoordinator::Write(State state) {
   state.writer = RandomIdentity();
-  const VersionedValue value{state.Text(), version_ + 1};
+  const std::string text = state.Text();
+  const VersionedValue value{text, NextVersion(version_, text)};
   known_ = {};
   absl::Status status = store_->CompareAndSet(kValueName, version_, value.value);
   if (absl::IsUnavailable(status)) {

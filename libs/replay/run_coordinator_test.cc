@@ -807,18 +807,34 @@ TEST_F(RunCoordinatorTest, TheStateIsSentOnlyWhenAnotherReplicaChangedIt) {
   EXPECT_EQ(store.values_sent, 2);
 }
 
-// After a failover versions may come again with other values.
-TEST_F(RunCoordinatorTest, NoticesAnotherStateOfTheSameVersion) {
+// After a failover as many changes may have been made as were seen before, but others.
+TEST_F(RunCoordinatorTest, NoticesAnotherStateAfterAsManyChanges) {
   const std::unique_ptr<Store> other = MakeMemoryStore({}, clock_);
   WatchedStore store(store_.get());
   RunCoordinator a(&store, Alternate(5, 0, 1), clock_), b(other.get(), Alternate(5, 0, 1), clock_);
   ASSERT_EQ(Begin(a), "R");
   ASSERT_EQ(Begin(b), "R");
-  ASSERT_EQ(store_->Get("run")->version, other->Get("run")->version);
   store.target = other.get();
   ASSERT_EQ(Begin(a), "R");
   EXPECT_EQ(last_.episode_id, 2);
   EXPECT_EQ(last_.run_id, b.Progress()->run_id);
+}
+
+TEST_F(RunCoordinatorTest, DoesNotOverwriteAnotherStateThatComesWhileItWrites) {
+  const std::unique_ptr<Store> other = MakeMemoryStore({}, clock_);
+  WatchedStore store(store_.get());
+  RunCoordinator a(&store, Alternate(5, 0, 1), clock_), b(other.get(), Alternate(5, 0, 1), clock_);
+  ASSERT_EQ(Begin(a), "R");
+  ASSERT_EQ(Begin(b), "R");
+  const std::string run_of_b = last_.run_id;
+  store.before_write = [&](int n) {
+    if (n == 2) store.target = other.get();
+    return absl::OkStatus();
+  };
+  ASSERT_EQ(Begin(a), "R");
+  EXPECT_EQ(last_.run_id, run_of_b);
+  EXPECT_EQ(last_.episode_id, 2);
+  EXPECT_EQ(b.Progress()->episodes_started, 2);
 }
 
 TEST_F(RunCoordinatorTest, GoesOnWithARunThatWasPlayedElsewhere) {

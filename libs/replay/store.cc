@@ -8,6 +8,7 @@
 #include "libs/replay/file_store.h"
 #include "libs/replay/memory_store.h"
 #include "libs/replay/redis_store.h"
+#include "libs/replay/store_password.h"
 
 namespace orrery {
 namespace {
@@ -41,8 +42,10 @@ absl::Status NotALocation(const std::string& location) {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Store>> OpenStore(const StoreOptions& options) {
-  RETURN_IF_ERROR(CheckName("name of the run", options.run));
+absl::StatusOr<std::unique_ptr<Store>> OpenStore(const StoreOptions& given) {
+  RETURN_IF_ERROR(CheckName("name of the run", given.run));
+  StoreOptions options = given;
+  ASSIGN_OR_RETURN(options.location, AddStorePassword(given.location));
   if (IsMemory(options.location)) return MakeMemoryStore(options);
   if (IsRedis(options.location)) return OpenRedisStore(options);
   FileStoreOptions file;
@@ -52,16 +55,20 @@ absl::StatusOr<std::unique_ptr<Store>> OpenStore(const StoreOptions& options) {
   return OpenFileStore(file);
 }
 
-absl::StatusOr<std::vector<DataSetSummary>> ListDataSets(const std::string& location, absl::Duration timeout) {
-  if (IsMemory(location)) return std::vector<DataSetSummary>();
-  if (IsRedis(location)) return ListRedisDataSets(location, timeout);
+absl::StatusOr<std::vector<DataSetSummary>> ListDataSets(const std::string& given, absl::Duration timeout) {
+  const absl::StatusOr<std::string> location = AddStorePassword(given);
+  if (!location.ok()) return location.status();
+  if (IsMemory(*location)) return std::vector<DataSetSummary>();
+  if (IsRedis(*location)) return ListRedisDataSets(*location, timeout);
   std::string folder;
-  if (!IsFile(location, folder)) return NotALocation(location);
+  if (!IsFile(*location, folder)) return NotALocation(*location);
   return ListFileDataSets(folder);
 }
 
-absl::Status DeleteDataSet(const StoreOptions& options) {
-  RETURN_IF_ERROR(CheckName("name of the run", options.run));
+absl::Status DeleteDataSet(const StoreOptions& given) {
+  RETURN_IF_ERROR(CheckName("name of the run", given.run));
+  StoreOptions options = given;
+  ASSIGN_OR_RETURN(options.location, AddStorePassword(given.location));
   if (IsMemory(options.location)) return absl::NotFoundError("memory: keeps no data sets");
   if (IsRedis(options.location)) return DeleteRedisDataSet(options);
   std::string folder;

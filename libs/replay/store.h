@@ -71,8 +71,16 @@ struct VersionedValue {
   int64_t version = 0;
 };
 
-// Tells a value from the others under its name; also when a store fell back to an older state, as after a failover, and its
-// versions came again. Version 0: no value.
+// The version of the value that follows the one with version `before`: at least 1. It comes from both, so it names the value
+// with all that went before it. When a store falls back to an older state, as after a failover, and goes on from there with
+// other values, none of them has a version that was seen before.
+inline int64_t NextVersion(int64_t before, const std::string& value) {
+  const uint64_t seed = DeriveSeed(static_cast<uint64_t>(before), value) >> 1;  // 63 bits
+  return seed == 0 ? 1 : static_cast<int64_t>(seed);
+}
+
+// Tells a value from the others under its name; also from one that somebody set by hand and left the version as it was.
+// Version 0: no value.
 struct ValueIdentity {
   int64_t version = 0;
   uint64_t hash = 0;
@@ -120,8 +128,8 @@ class Store {
     if (known.version == 0 || IdentityOf(*value) != known) answer.value = *std::move(value);
     return answer;
   }
-  // Sets the value if its version is still `expected_version` (0: not there); the new version is one higher.
-  // ABORTED: it changed meanwhile.
+  // Sets the value if its version is still `expected_version` (0: not there); the new version is
+  // NextVersion(expected_version, value). ABORTED: it changed meanwhile.
   virtual absl::Status CompareAndSet(const std::string& name, int64_t expected_version, const std::string& value) = 0;
 
   // The newest snapshot, a whole safetensors file. Put ignores a version that is not above the kept one.
@@ -138,7 +146,8 @@ class Store {
 
 // Opens the data of `run` at a location: "memory:", "file:FOLDER", "redis://[user:password@]HOST:PORT" or
 // "redis-cluster://[user:password@]HOST:PORT[,HOST:PORT…]" (some of the cluster's nodes, one that answers is enough).
-// Other replicas may have the same Redis location open. `partitions` applies to new data sets in Redis.
+// Other replicas may have the same Redis location open. `partitions` applies to new data sets in Redis. A password that the
+// location lacks may be in an environment variable (store_password.h); so for ListDataSets and DeleteDataSet.
 // INVALID_ARGUMENT names the location and the forms expected.
 struct StoreOptions {
   std::string location;
@@ -147,6 +156,9 @@ struct StoreOptions {
   absl::Duration timeout = absl::Seconds(5);
   // Changes kept for readers that lag; one that is further behind starts again with an empty cursor.
   int change_log_length = 100000;
+  // To each Redis, 1 to 10000; a call that finds all in use waits its turn within the timeout. Each reader that waits for
+  // changes has one more (in a cluster one for each partition).
+  int max_connections = 64;
 };
 absl::StatusOr<std::unique_ptr<Store>> OpenStore(const StoreOptions& options);
 

@@ -18,6 +18,8 @@
 #include <thread>
 #include <vector>
 
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
 #include "libs/base/status_matchers.h"
 #include "libs/replay/store.h"
 #include "libs/replay/testing/chunks.h"
@@ -268,14 +270,33 @@ TEST_P(StoreConformance, SetsAValueOnlyAtItsVersion) {
   EXPECT_THAT(store_->CompareAndSet("run", 0, "b"), StatusIs(absl::StatusCode::kAborted));
   ASSERT_OK_AND_ASSIGN(value, store_->Get("run"));
   EXPECT_EQ(value.value, binary);
-  EXPECT_EQ(value.version, 1);
-  ASSERT_OK(store_->CompareAndSet("run", 1, ""));
+  EXPECT_EQ(value.version, NextVersion(0, binary));
+  const int64_t first = value.version;
+  ASSERT_OK(store_->CompareAndSet("run", first, ""));
+  EXPECT_THAT(store_->CompareAndSet("run", first, "b"), StatusIs(absl::StatusCode::kAborted));
   ASSERT_OK_AND_ASSIGN(value, store_->Get("run"));
   EXPECT_EQ(value.value, "");
-  EXPECT_EQ(value.version, 2);
+  EXPECT_EQ(value.version, NextVersion(first, ""));
   EXPECT_EQ(store_->Get("learner")->version, 0);
   EXPECT_THAT(store_->Get("../x"), StatusIs(absl::StatusCode::kInvalidArgument));
   EXPECT_THAT(store_->CompareAndSet("", 0, "x"), StatusIs(absl::StatusCode::kInvalidArgument));
+}
+
+// As after a failover: two stores were the same until one value, and as many came after it.
+TEST_P(StoreConformance, RefusesTheVersionOfAnotherValueThatCameAfterTheSameOne) {
+  const std::unique_ptr<StorePlace> other_place = GetParam().make();
+  ASSERT_OK_AND_ASSIGN(const auto other, other_place->Open(1000));
+  for (Store* store : {store_.get(), other.get()}) ASSERT_OK(store->CompareAndSet("run", 0, "common"));
+  ASSERT_OK_AND_ASSIGN(const VersionedValue common, store_->Get("run"));
+  EXPECT_EQ(other->Get("run")->version, common.version);
+  ASSERT_OK(store_->CompareAndSet("run", common.version, "ours"));
+  ASSERT_OK(other->CompareAndSet("run", common.version, "theirs"));
+  const int64_t ours = store_->Get("run")->version;
+  EXPECT_THAT(other->CompareAndSet("run", ours, "ours again"), StatusIs(absl::StatusCode::kAborted));
+  EXPECT_EQ(other->Get("run")->value, "theirs");
+  // Nor do versions come again when a value does.
+  ASSERT_OK(store_->CompareAndSet("run", ours, "common"));
+  EXPECT_THAT(store_->CompareAndSet("run", common.version, "x"), StatusIs(absl::StatusCode::kAborted));
 }
 
 TEST_P(StoreConformance, LeavesOutAKnownValue) {
@@ -290,18 +311,19 @@ TEST_P(StoreConformance, LeavesOutAKnownValue) {
   EXPECT_EQ(get({})->version, 0);
   const std::string first("\0\n\xff{}", 5);
   ASSERT_OK(store_->CompareAndSet("run", 0, first));
-  const ValueIdentity known = IdentityOf({first, 1});
+  const int64_t version = NextVersion(0, first);
+  const ValueIdentity known = IdentityOf({first, version});
   EXPECT_EQ(get(known), std::nullopt);
-  for (const ValueIdentity& unknown : {ValueIdentity{}, IdentityOf({"another", 1}), IdentityOf({first, 2})}) {
+  for (const ValueIdentity& unknown : {ValueIdentity{}, IdentityOf({"another", version}), IdentityOf({first, 2})}) {
     ASSERT_TRUE(get(unknown).has_value());
     EXPECT_EQ(get(unknown)->value, first);
-    EXPECT_EQ(get(unknown)->version, 1);
+    EXPECT_EQ(get(unknown)->version, version);
   }
-  ASSERT_OK(store_->CompareAndSet("run", 1, ""));
+  ASSERT_OK(store_->CompareAndSet("run", version, ""));
   ASSERT_TRUE(get(known).has_value());
   EXPECT_EQ(get(known)->value, "");
-  EXPECT_EQ(get(known)->version, 2);
-  EXPECT_EQ(get(IdentityOf({"", 2})), std::nullopt);
+  EXPECT_EQ(get(known)->version, NextVersion(version, ""));
+  EXPECT_EQ(get(IdentityOf({"", NextVersion(version, "")})), std::nullopt);
   EXPECT_THAT(store_->GetUnlessKnown("../x", {}), StatusIs(absl::StatusCode::kInvalidArgument));
 }
 
@@ -345,7 +367,9 @@ TEST_P(StoreConformance, ManyThreadsAtOnce) {
         EXPECT_OK(store_->Append(MakeChunk(100, i * 10)));  // all threads the same
         const auto value = store_->Get("count");
         ASSERT_OK(value);
-        const absl::Status status = store_->CompareAndSet("count", value->version, "x");
+        int count = 0;
+        EXPECT_TRUE(value->version == 0 || absl::SimpleAtoi(value->value, &count));
+        const absl::Status status = store_->CompareAndSet("count", value->version, absl::StrCat(count + 1));
         if (status.ok()) {
           ++sets;
         } else {
@@ -367,7 +391,7 @@ TEST_P(StoreConformance, ManyThreadsAtOnce) {
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(seen.size(), static_cast<size_t>((kThreads + 1) * kChunks));
   EXPECT_EQ(seen, Live(*store_));
-  EXPECT_EQ(store_->Get("count")->version, sets);
+  EXPECT_EQ(store_->Get("count")->value, absl::StrCat(sets.load()));
 }
 
 // Random appends (repeats and lost replies included) and evictions against a plain map, with a reader that follows.
@@ -417,7 +441,7 @@ TEST_P(StoreConformance, FindsEverythingAgainWhenOpenedAgain) {
   EXPECT_EQ((*store_->Read({{2, 0}}))[0], std::nullopt);
   EXPECT_EQ((*store_->Read({{5, 0}}))[0], MakeChunk(5, 0));
   EXPECT_EQ(store_->Get("run")->value, "state\nof the run");
-  EXPECT_EQ(store_->Get("run")->version, 1);
+  EXPECT_EQ(store_->Get("run")->version, NextVersion(0, "state\nof the run"));
   EXPECT_OK(store_->PutSnapshot({{1, 1}, "older"}));
   EXPECT_EQ(store_->GetSnapshot()->file, "snapshot\nfile");
   EXPECT_OK(store_->Append(MakeChunk(5, 0)));

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <future>
 #include <random>
-#include <set>
 #include <utility>
 #include <vector>
 
@@ -19,10 +18,12 @@
 #include "libs/client/chunk_proto.h"
 #include "libs/client/status.h"
 #include "libs/replay/chunk_codec.h"
+#include "libs/replay/chunk_priorities.h"
 #include "libs/replay/run_coordinator.h"
 #include "libs/replay/sampler.h"
 #include "libs/telemetry/metrics.h"
 #include "orrery/replay/v1/replay.grpc.pb.h"
+#include "services/replay/append_streams.h"
 #include "services/replay/bell.h"
 #include "services/replay/data_set.h"
 #include "services/replay/metered_store.h"
@@ -37,6 +38,9 @@ using grpc::ServerContext;
 constexpr absl::Duration kDeadlineMargin = absl::Milliseconds(50);
 // How often it looks for what other replicas changed and whether the caller is gone.
 constexpr absl::Duration kRecheck = absl::Milliseconds(200);
+// Threads that append, for all actors together: enough that Redis always has something to do, and fewer than the connections
+// to it, so that nobody else waits for one because of them.
+constexpr int kAppendThreads = 32;
 // How long an append waits for a store that is full or away, and between its tries.
 constexpr absl::Duration kAppendPatience = absl::Seconds(5);
 constexpr absl::Duration kFirstRetry = absl::Milliseconds(20), kLastRetry = absl::Milliseconds(500);
@@ -47,6 +51,7 @@ constexpr int kMaxBatch = 4096;
 constexpr int kMaxPage = 1000, kDefaultPage = 100;
 constexpr int kMaxUpdatesWanted = 1'000'000;
 constexpr int kMaxAliveEpisodes = 65'536;
+constexpr int kMaxPriorities = 65'536;
 // Small value in the store: a serialized SnapshotVersion, so that totals do not cost reading a snapshot.
 constexpr char kSnapshotVersionName[] = "snapshot_version";
 
@@ -71,10 +76,27 @@ absl::StatusOr<std::unique_ptr<Sampler>> SamplerOf(const replay::v1::Sampler& pr
       return MakeRecencySampler(proto.recency().share(), proto.recency().newest_rows());
     case replay::v1::Sampler::kTasks:
       return MakeTaskSampler({proto.tasks().weights().begin(), proto.tasks().weights().end()});
+    case replay::v1::Sampler::kPrioritized: {
+      const replay::v1::PrioritizedSampler& rule = proto.prioritized();
+      return MakePrioritizedSampler(rule.has_exponent() ? rule.exponent() : kDefaultPriorityExponent,
+                                    rule.has_uniform_share() ? rule.uniform_share() : kDefaultUniformShare);
+    }
     case replay::v1::Sampler::RULE_NOT_SET:
       break;
   }
   return MakeUniformSampler();
+}
+
+absl::StatusOr<ChunkPriority> PriorityOf(const replay::v1::ChunkPriority& proto, size_t place) {
+  const ChunkKey key = {proto.chunk().episode_id(), proto.chunk().first_row()};
+  if (key.episode_id < 1) {
+    return Invalid("priorities[", place, "].chunk.episode_id is ", key.episode_id, ": expected at least 1");
+  }
+  if (key.first_row < 0) return Invalid("priorities[", place, "].chunk.first_row is ", key.first_row, ": expected at least 0");
+  if (!(proto.priority() >= 0 && proto.priority() <= kMaxPriority)) {
+    return Invalid("priorities[", place, "].priority is ", proto.priority(), ": expected 0 to ", kMaxPriority);
+  }
+  return ChunkPriority{key, proto.priority()};
 }
 
 // Where no sequence can ever be whole, everybody would wait for ever.
@@ -132,7 +154,8 @@ struct Metrics {
   prometheus::Counter& append_away;
 };
 
-class ReplayServerImpl : public ReplayServer, public replay::v1::ReplayService::Service {
+class ReplayServerImpl : public ReplayServer,
+                         public replay::v1::ReplayService::WithCallbackMethod_AppendChunks<replay::v1::ReplayService::Service> {
  public:
   explicit ReplayServerImpl(const Options& options)
       : experiment_(options.experiment),
@@ -142,7 +165,10 @@ class ReplayServerImpl : public ReplayServer, public replay::v1::ReplayService::
         coordinator_(store_.get(), experiment_),
         data_set_(store_.get(), {experiment_.replay().max_rows(), experiment_.replay().max_bytes()},
                   experiment_.learning().sequence_length(), *registry_),
-        reader_(store_.get()) {}
+        reader_(store_.get()),
+        appends_({[this](const AppendMessage& message, AppendResponse& response) { return TakeAppend(message, response); },
+                  [this] { return coordinator_.WriteRows(); }},
+                 kAppendThreads) {}
   ~ReplayServerImpl() override { ReplayServerImpl::Shutdown(); }
 
   grpc::Service* service() override { return this; }
@@ -151,21 +177,15 @@ class ReplayServerImpl : public ReplayServer, public replay::v1::ReplayService::
   void Shutdown() override {
     progress_.Stop();
     data_set_.Stop();
-    absl::MutexLock lock(&mu_);
-    stopping_ = true;
-    // A handler inside Read cannot be woken otherwise; what it has not acknowledged is sent again elsewhere.
-    for (ServerContext* context : appending_) context->TryCancel();
+    appends_.Shutdown();  // what is not acknowledged is sent again elsewhere
   }
 
   grpc::Status BeginEpisode(ServerContext* context, const replay::v1::BeginEpisodeRequest* request,
                             replay::v1::BeginEpisodeResponse* response) override {
     return ToGrpc(DoBeginEpisode(*context, *request, *response));
   }
-  grpc::Status AppendChunks(ServerContext* context,
-                            grpc::ServerReaderWriter<replay::v1::AppendChunksResponse, replay::v1::AppendChunksRequest>*
-                                stream) override {
-    return ToGrpc(DoAppendChunks(*context, *stream));
-  }
+  using WithCallbackMethod_AppendChunks::AppendChunks;
+  AppendStreams::Stream* AppendChunks(grpc::CallbackServerContext* context) override { return appends_.Open(context); }
   grpc::Status WatchChunks(ServerContext* context, const replay::v1::WatchChunksRequest* request,
                            grpc::ServerWriter<replay::v1::WatchChunksResponse>* stream) override {
     return ToGrpc(DoWatchChunks(*context, *request, *stream));
@@ -173,6 +193,10 @@ class ReplayServerImpl : public ReplayServer, public replay::v1::ReplayService::
   grpc::Status SampleSequences(ServerContext* context, const replay::v1::SampleSequencesRequest* request,
                                grpc::ServerWriter<replay::v1::SampleSequencesResponse>* stream) override {
     return ToGrpc(DoSampleSequences(*context, *request, *stream));
+  }
+  grpc::Status UpdatePriorities(ServerContext* context, const replay::v1::UpdatePrioritiesRequest* request,
+                                replay::v1::UpdatePrioritiesResponse* response) override {
+    return ToGrpc(DoUpdatePriorities(*context, *request, *response));
   }
   grpc::Status ListEpisodes(ServerContext* context, const replay::v1::ListEpisodesRequest* request,
                             replay::v1::ListEpisodesResponse* response) override {
@@ -204,7 +228,7 @@ class ReplayServerImpl : public ReplayServer, public replay::v1::ReplayService::
   }
 
  private:
-  using AppendStream = grpc::ServerReaderWriter<replay::v1::AppendChunksResponse, replay::v1::AppendChunksRequest>;
+  using AppendResponse = replay::v1::AppendChunksResponse;
   using WatchStream = grpc::ServerWriter<replay::v1::WatchChunksResponse>;
   using SampleStream = grpc::ServerWriter<replay::v1::SampleSequencesResponse>;
 
@@ -215,8 +239,8 @@ class ReplayServerImpl : public ReplayServer, public replay::v1::ReplayService::
   }
 
   // How long the store is waited for.
-  static absl::Time PatientUntil(const ServerContext& context) {
-    return std::min(absl::Now() + kAppendPatience, absl::FromChrono(context.deadline()) - kDeadlineMargin);
+  static absl::Time PatientUntil(const AppendMessage& message) {
+    return std::min(message.arrived + kAppendPatience, message.deadline - kDeadlineMargin);
   }
 
   // Waits until `bell` rings or it is time to look again. CANCELLED: the caller is gone. DEADLINE_EXCEEDED: its deadline is
@@ -250,10 +274,10 @@ class ReplayServerImpl : public ReplayServer, public replay::v1::ReplayService::
 
   absl::Status DoBeginEpisode(const ServerContext& context, const replay::v1::BeginEpisodeRequest& request,
                               replay::v1::BeginEpisodeResponse& response);
-  absl::Status DoAppendChunks(ServerContext& context, AppendStream& stream);
-  absl::Status AppendOne(const ServerContext& context, replay::v1::AppendChunksRequest& request);
-  // Calls `act` again until `limit` while the store is full or away.
-  absl::Status Patiently(const ServerContext& context, absl::Time limit, absl::FunctionRef<absl::Status()> act);
+  absl::StatusOr<bool> TakeAppend(const AppendMessage& message, AppendResponse& response);
+  absl::Status AppendOne(const AppendMessage& message);
+  // Calls `act` again while the store is full or away, as long as PatientUntil says.
+  absl::Status Patiently(const AppendMessage& message, absl::FunctionRef<absl::Status()> act);
   absl::Status CheckBelongs(const Chunk& chunk);
   absl::Status DoWatchChunks(const ServerContext& context, const replay::v1::WatchChunksRequest& request,
                              WatchStream& stream);
@@ -265,6 +289,8 @@ class ReplayServerImpl : public ReplayServer, public replay::v1::ReplayService::
                                  SampleStream& stream);
   absl::StatusOr<SequenceBatch> DrawBatch(const ServerContext& context, const replay::v1::SampleSequencesRequest& request,
                                           const Sampler& sampler, std::mt19937_64& random);
+  absl::Status DoUpdatePriorities(const ServerContext& context, const replay::v1::UpdatePrioritiesRequest& request,
+                                  replay::v1::UpdatePrioritiesResponse& response);
   absl::Status DoListEpisodes(const ServerContext& context, const replay::v1::ListEpisodesRequest& request,
                               replay::v1::ListEpisodesResponse& response);
   absl::Status DoGetEpisode(const ServerContext& context, const replay::v1::GetEpisodeRequest& request,
@@ -293,8 +319,8 @@ class ReplayServerImpl : public ReplayServer, public replay::v1::ReplayService::
   absl::Mutex mu_;
   RunProgress run_ ABSL_GUARDED_BY(mu_);  // as read last; only its identity is used
   int64_t run_clears_ ABSL_GUARDED_BY(mu_) = 0;  // DataSet::clears at that time
-  std::set<ServerContext*> appending_ ABSL_GUARDED_BY(mu_);
-  bool stopping_ ABSL_GUARDED_BY(mu_) = false;
+
+  AppendStreams appends_;  // last: its threads use everything above
 };
 
 absl::Status ReplayServerImpl::DoBeginEpisode(const ServerContext& context,
@@ -321,47 +347,33 @@ absl::Status ReplayServerImpl::DoBeginEpisode(const ServerContext& context,
   return absl::OkStatus();
 }
 
-absl::Status ReplayServerImpl::DoAppendChunks(ServerContext& context, AppendStream& stream) {
-  {
-    absl::MutexLock lock(&mu_);
-    if (stopping_) return absl::UnavailableError("replay is shutting down");
-    appending_.insert(&context);
+absl::StatusOr<bool> ReplayServerImpl::TakeAppend(const AppendMessage& message, AppendResponse& response) {
+  const replay::v1::AppendChunksRequest& request = message.request;
+  RETURN_IF_ERROR(CheckRun(request.run()));
+  if (request.alive_episode_ids_size() > 0) {
+    RETURN_IF_ERROR(CheckRange("number of alive_episode_ids", request.alive_episode_ids_size(), 0, kMaxAliveEpisodes));
+    const std::vector<int64_t> alive(request.alive_episode_ids().begin(), request.alive_episode_ids().end());
+    RETURN_IF_ERROR(Patiently(message, [&] { return coordinator_.RenewLeases(alive); }));
   }
-  const absl::Cleanup forget = [this, &context] {
-    absl::MutexLock lock(&mu_);
-    appending_.erase(&context);
-  };
-  replay::v1::AppendChunksRequest request;
-  replay::v1::AppendChunksResponse response;
-  while (stream.Read(&request)) {
-    RETURN_IF_ERROR(CheckRun(request.run()));
-    if (request.alive_episode_ids_size() > 0) {
-      RETURN_IF_ERROR(CheckRange("number of alive_episode_ids", request.alive_episode_ids_size(), 0, kMaxAliveEpisodes));
-      const std::vector<int64_t> alive(request.alive_episode_ids().begin(), request.alive_episode_ids().end());
-      RETURN_IF_ERROR(Patiently(context, PatientUntil(context), [&] { return coordinator_.RenewLeases(alive); }));
-    }
-    if (!request.has_chunk()) continue;
-    response.set_episode_id(request.chunk().episode_id());
-    response.set_first_row(request.chunk().first_row());
-    RETURN_IF_ERROR(AppendOne(context, request));
-    if (!stream.Write(response)) break;
-  }
-  return coordinator_.WriteRows();
+  if (!request.has_chunk()) return false;
+  response.set_episode_id(request.chunk().episode_id());
+  response.set_first_row(request.chunk().first_row());
+  RETURN_IF_ERROR(AppendOne(message));
+  return true;
 }
 
 // OK means: in the store and counted.
-absl::Status ReplayServerImpl::AppendOne(const ServerContext& context, replay::v1::AppendChunksRequest& request) {
-  const absl::Time start = absl::Now(), limit = PatientUntil(context);
-  ASSIGN_OR_RETURN(const Chunk chunk, FromProto(std::move(*request.mutable_chunk())));
-  RETURN_IF_ERROR(Patiently(context, limit, [&] { return CheckBelongs(chunk); }));
+absl::Status ReplayServerImpl::AppendOne(const AppendMessage& message) {
+  ASSIGN_OR_RETURN(const Chunk chunk, FromProto(std::move(*message.request.mutable_chunk())));
+  RETURN_IF_ERROR(Patiently(message, [&] { return CheckBelongs(chunk); }));
   // A damaged chunk, or one that a learner could not use, never enters the store.
   const absl::Status usable = CheckPayload(chunk.payload, chunk.info.rows, kMaxDecodedBytes);
   if (!usable.ok()) return Invalid("chunk.payload: ", usable.message());
   const bool repeated = data_set_.Contains(chunk.info.key);
-  RETURN_IF_ERROR(Patiently(context, limit, [&] { return store_->Append(chunk); }));
-  RETURN_IF_ERROR(Patiently(context, limit, [&] { return coordinator_.RecordChunk(chunk.info); }));
+  RETURN_IF_ERROR(Patiently(message, [&] { return store_->Append(chunk); }));
+  RETURN_IF_ERROR(Patiently(message, [&] { return coordinator_.RecordChunk(chunk.info); }));
   progress_.Ring();
-  metrics_.append_seconds.Observe(absl::ToDoubleSeconds(absl::Now() - start));
+  metrics_.append_seconds.Observe(absl::ToDoubleSeconds(absl::Now() - message.arrived));
   if (repeated) return absl::OkStatus();
   metrics_.steps.Increment(chunk.info.rows);
   metrics_.chunks.Increment();
@@ -370,8 +382,8 @@ absl::Status ReplayServerImpl::AppendOne(const ServerContext& context, replay::v
 }
 
 // A store that was restarted comes back, eviction makes room in a full one.
-absl::Status ReplayServerImpl::Patiently(const ServerContext& context, absl::Time limit,
-                                         absl::FunctionRef<absl::Status()> act) {
+absl::Status ReplayServerImpl::Patiently(const AppendMessage& message, absl::FunctionRef<absl::Status()> act) {
+  const absl::Time limit = PatientUntil(message);
   Backoff backoff(kFirstRetry, kLastRetry);
   while (true) {
     const absl::Time start = absl::Now();
@@ -381,7 +393,7 @@ absl::Status ReplayServerImpl::Patiently(const ServerContext& context, absl::Tim
     const bool waited = data_set_.changes().Sleep(std::min(limit, absl::Now() + backoff.Next()));
     (full ? metrics_.append_full : metrics_.append_away).Increment(absl::ToDoubleSeconds(absl::Now() - start));
     if (!waited) return absl::UnavailableError("replay is shutting down");
-    if (absl::Now() >= limit || context.IsCancelled()) return status;
+    if (absl::Now() >= limit || message.gone) return status;
   }
 }
 
@@ -517,6 +529,21 @@ absl::StatusOr<SequenceBatch> ReplayServerImpl::DrawBatch(const ServerContext& c
     // Too little data, or a chunk was evicted and the index does not know yet.
     RETURN_IF_ERROR(AwaitRing(context, data_set_.changes(), seen));
   }
+}
+
+absl::Status ReplayServerImpl::DoUpdatePriorities(const ServerContext& context,
+                                                  const replay::v1::UpdatePrioritiesRequest& request,
+                                                  replay::v1::UpdatePrioritiesResponse& response) {
+  RETURN_IF_ERROR(CheckRun(request.run()));
+  RETURN_IF_ERROR(CheckRange("number of priorities", request.priorities_size(), 1, kMaxPriorities));
+  std::vector<ChunkPriority> priorities;
+  for (const replay::v1::ChunkPriority& proto : request.priorities()) {
+    ASSIGN_OR_RETURN(const ChunkPriority priority, PriorityOf(proto, priorities.size()));
+    priorities.push_back(priority);
+  }
+  RETURN_IF_ERROR(AwaitCaughtUp(context));
+  response.set_known(data_set_.SetPriorities(priorities));
+  return absl::OkStatus();
 }
 
 absl::Status ReplayServerImpl::DoListEpisodes(const ServerContext& context,

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <limits>
 #include <map>
 #include <random>
 #include <set>
@@ -17,9 +18,11 @@
 #include "libs/client/channel.h"
 #include "libs/client/chunk_proto.h"
 #include "libs/client/replay_client.h"
+#include "libs/client/sequence_stream.h"
 #include "libs/client/status.h"
 #include "libs/replay/chunk_codec.h"
 #include "libs/replay/memory_store.h"
+#include "libs/replay/naive_index.h"
 #include "libs/replay/testing/fault_store.h"
 #include "libs/replay/testing/redis_server.h"
 #include "libs/telemetry/metrics.h"
@@ -264,6 +267,16 @@ class ReplayServiceTest : public ::testing::Test {
     served_.emplace(store_.get(), MakeExperiment(more));
     channel_ = served_->host->InProcessChannel();
     client_.emplace(channel_, kRun);
+  }
+  // Until the server's index knows what was appended and evicted.
+  void AwaitRows(int64_t rows) {
+    const absl::Time limit = Soon();
+    while (true) {
+      ASSERT_OK_AND_ASSIGN(const auto stats, client_->GetStats(limit));
+      if (stats.rows() == rows) return;
+      ASSERT_LT(absl::Now(), limit);
+      std::this_thread::yield();
+    }
   }
   std::string run_id() { return RunCoordinator(store_.get(), MakeExperiment()).Progress()->run_id; }
 
@@ -578,6 +591,138 @@ TEST_F(ReplayServiceTest, SamplesByTheRuleAskedFor) {
   request.mutable_sampler()->mutable_recency();
   EXPECT_THAT(SampleRaw(channel_, request, Soon()),
               StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("newest_rows is 0")));
+}
+
+replay::v1::UpdatePrioritiesRequest PrioritiesRequest(const std::map<ChunkKey, double>& priorities) {
+  replay::v1::UpdatePrioritiesRequest request;
+  request.set_run(kRun);
+  for (const auto& [key, priority] : priorities) {
+    *request.add_priorities()->mutable_chunk() = ToProto(key);
+    request.mutable_priorities()->rbegin()->set_priority(priority);
+  }
+  return request;
+}
+
+// How many of them were known.
+absl::StatusOr<int> UpdatePriorities(const std::shared_ptr<grpc::Channel>& channel,
+                                     const replay::v1::UpdatePrioritiesRequest& request) {
+  auto stub = ReplayService::NewStub(channel);
+  grpc::ClientContext context;
+  context.set_deadline(absl::ToChronoTime(Soon()));
+  replay::v1::UpdatePrioritiesResponse response;
+  RETURN_IF_ERROR(FromGrpc(stub->UpdatePriorities(&context, request, &response)));
+  return response.known();
+}
+
+// Draws many sequences of 4 rows by priority: each start must come as often as `expected` says, and say so itself.
+void ExpectDrawnBy(const std::shared_ptr<grpc::Channel>& channel, const replay::v1::PrioritizedSampler& rule,
+                   const std::map<Start, double>& expected) {
+  constexpr int kBatch = 100, kBatches = 200;
+  SequenceStream::Options options;
+  options.run = kRun;
+  options.batch_size = kBatch;
+  options.sequence_length = 4;
+  options.batches = kBatches;
+  options.seed = 11;
+  *options.sampler.mutable_prioritized() = rule;
+  const auto stream = SequenceStream::Create(channel, options);
+  std::map<Start, int> counts;
+  for (const auto& [start, probability] : expected) counts[start] = 0;
+  ArrayMap batch;
+  std::vector<SequenceBatch::Start> starts;
+  for (int i = 0; i < kBatches; ++i) {
+    ASSERT_OK(stream->Next(batch, starts, Soon()));
+    for (size_t s = 0; s < starts.size(); ++s) {
+      const auto place = batch.at("place").as<int64_t>().subspan(s * 8, 2);
+      const Start start = {place[0], place[1]};
+      ASSERT_EQ(start, Start(starts[s].chunk.episode_id, starts[s].chunk.first_row + starts[s].begin));
+      ASSERT_NEAR(starts[s].probability, expected.at(start), 1e-12) << start.first << " " << start.second;
+      ++counts[start];
+    }
+  }
+  ASSERT_EQ(counts.size(), expected.size());
+  ExpectProportional(counts, [&](const Start& start) { return kBatch * kBatches * expected.at(start); });
+}
+
+TEST_F(ReplayServiceTest, SamplesByThePrioritiesItWasTold) {
+  Start();
+  const std::string run = Begin(*client_).assignment.run_id;
+  // Valid starts: five in the chunk of six rows, none in the one after it, four in the long one.
+  std::vector<Chunk> chunks = {MakeChunk(run, 1, 0, 6), MakeChunk(run, 1, 6, 2), MakeChunk(run, 2, 0, 3),
+                               MakeChunk(run, 3, 0, 7)};
+  ASSERT_OK(AppendAll(channel_, chunks));
+  AwaitRows(18);
+  NaiveIndex model(4);
+  for (const Chunk& chunk : chunks) model.Append(chunk.info);
+  replay::v1::PrioritizedSampler rule;
+  ASSERT_NO_FATAL_FAILURE(ExpectDrawnBy(channel_, rule, model.Prioritized(0.6, 0.1)));
+
+  const std::map<ChunkKey, double> priorities = {{{1, 0}, 0.25}, {{2, 0}, 4}, {{3, 0}, 1.5}, {{4, 0}, 100}};
+  EXPECT_THAT(UpdatePriorities(channel_, PrioritiesRequest(priorities)), IsOkAndHolds(3));
+  for (const auto& [key, priority] : priorities) model.SetPriority(key, priority);
+  ASSERT_NO_FATAL_FAILURE(ExpectDrawnBy(channel_, rule, model.Prioritized(0.6, 0.1)));
+  // A chunk that comes later has the largest priority so far, and rows that come later make more starts.
+  chunks = {MakeChunk(run, 2, 3, 3), MakeChunk(run, 4, 0, 5)};
+  ASSERT_OK(AppendAll(channel_, chunks));
+  ASSERT_OK(store_->Evict({{1, 0}}));
+  AwaitRows(20);
+  EXPECT_THAT(UpdatePriorities(channel_, PrioritiesRequest({{{1, 0}, 9}})), IsOkAndHolds(0));
+  rule.set_exponent(1);
+  rule.set_uniform_share(0.5);
+  // Starts: three in episode 2's first chunk with 4, four of 1.5, two of 4.
+  const double sum = 3 * 4 + 4 * 1.5 + 2 * 4;
+  std::map<orrery::Start, double> expected;
+  for (const int64_t row : {0, 1, 2}) expected[{2, row}] = 0.5 / 9 + 0.5 * 4 / sum;
+  for (const int64_t row : {0, 1, 2, 3}) expected[{3, row}] = 0.5 / 9 + 0.5 * 1.5 / sum;
+  for (const int64_t row : {0, 1}) expected[{4, row}] = 0.5 / 9 + 0.5 * 4 / sum;
+  ASSERT_NO_FATAL_FAILURE(ExpectDrawnBy(channel_, rule, expected));
+
+  // A server that begins again knows no priorities.
+  served_.reset();
+  Start();
+  rule.set_uniform_share(0);
+  for (auto& [start, probability] : expected) probability = 1.0 / 9;
+  ASSERT_NO_FATAL_FAILURE(ExpectDrawnBy(channel_, rule, expected));
+}
+
+TEST_F(ReplayServiceTest, RefusesWrongPrioritiesAndTakesNoneOfThem) {
+  Start();
+  const std::string run = Begin(*client_).assignment.run_id;
+  ASSERT_OK(AppendAll(channel_, {MakeChunk(run, 1, 0, 5), MakeChunk(run, 2, 0, 5)}));
+  AwaitRows(10);
+  const auto refuse = [&](const replay::v1::UpdatePrioritiesRequest& request, const std::string& words) {
+    EXPECT_THAT(UpdatePriorities(channel_, request), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(words)));
+  };
+  refuse(PrioritiesRequest({}), "number of priorities is 0: expected 1 to 65536");
+  replay::v1::UpdatePrioritiesRequest many;
+  many.set_run(kRun);
+  for (int i = 0; i < 65'537; ++i) *many.add_priorities()->mutable_chunk() = ToProto(ChunkKey{1, 0});
+  refuse(many, "number of priorities is 65537: expected 1 to 65536");
+  const double nan = std::numeric_limits<double>::quiet_NaN(), infinity = std::numeric_limits<double>::infinity();
+  for (const double wrong : {-1.0, 1e21, infinity, nan}) {
+    refuse(PrioritiesRequest({{{1, 0}, 50}, {{2, 0}, wrong}}),
+           absl::StrCat("priorities[1].priority is ", wrong, ": expected 0 to 1e+20"));
+  }
+  refuse(PrioritiesRequest({{{0, 0}, 1}}), "priorities[0].chunk.episode_id is 0: expected at least 1");
+  refuse(PrioritiesRequest({{{1, -1}, 1}}), "priorities[0].chunk.first_row is -1: expected at least 0");
+  replay::v1::UpdatePrioritiesRequest request = PrioritiesRequest({{{1, 0}, 50}});
+  request.clear_run();
+  refuse(request, "run is not set");
+  request.set_run("other");
+  EXPECT_THAT(UpdatePriorities(channel_, request), StatusIs(absl::StatusCode::kNotFound, HasSubstr("other")));
+  replay::v1::PrioritizedSampler rule;
+  rule.set_exponent(1);
+  rule.set_uniform_share(0);
+  ASSERT_NO_FATAL_FAILURE(
+      ExpectDrawnBy(channel_, rule, {{{1, 0}, 0.25}, {{1, 1}, 0.25}, {{2, 0}, 0.25}, {{2, 1}, 0.25}}));
+  replay::v1::SampleSequencesRequest sample = SampleRequest(1, 4, 1, 1);
+  sample.mutable_sampler()->mutable_prioritized()->set_exponent(11);
+  EXPECT_THAT(SampleRaw(channel_, sample, Soon()),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("sampler.prioritized.exponent is 11: expected 0 to 10")));
+  sample.mutable_sampler()->mutable_prioritized()->set_exponent(1);
+  sample.mutable_sampler()->mutable_prioritized()->set_uniform_share(1.5);
+  EXPECT_THAT(SampleRaw(channel_, sample, Soon()),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("uniform_share is 1.5: expected 0 to 1")));
 }
 
 TEST_F(ReplayServiceTest, DrawsTheNextBatchWhileOneIsSentButNoMore) {

@@ -2,6 +2,7 @@
 
 #include <hiredis.h>
 
+#include <cstdlib>
 #include <utility>
 
 #include "absl/strings/match.h"
@@ -15,6 +16,11 @@ namespace {
 constexpr char kNoAnswer[] = "no answer";
 constexpr absl::Duration kStartLimit = absl::Seconds(20);
 constexpr int kPortAttempts = 5;
+
+std::string Program() {
+  const char* const program = std::getenv("ORRERY_REDIS_SERVER");
+  return program != nullptr && *program != '\0' ? program : "redis-server";
+}
 
 std::string Text(const redisReply& r) {
   if (r.type == REDIS_REPLY_INTEGER) return absl::StrCat(r.integer);
@@ -68,7 +74,7 @@ std::string RedisServer::Ask(const std::vector<std::string>& words, const std::s
 }
 
 absl::Status RedisServer::Launch() {
-  std::vector<std::string> words = {"redis-server", "--port", absl::StrCat(port_), "--bind", "127.0.0.1", "--dir", folder_,
+  std::vector<std::string> words = {Program(), "--port", absl::StrCat(port_), "--bind", "127.0.0.1", "--dir", folder_,
                                     "--appendonly", "yes", "--appendfsync", "always", "--save", "", "--daemonize", "no"};
   words.insert(words.end(), arguments_.begin(), arguments_.end());
   const std::string log = folder_ + "/redis.log";

@@ -1,4 +1,5 @@
-// A real redis-server for tests, on a free port of the loopback interface.
+// A real redis-server for tests, on a free port of the loopback interface. The environment variable ORRERY_REDIS_SERVER names
+// another program that takes its flags, as valkey-server does.
 #pragma once
 
 #include <memory>
