@@ -25,6 +25,8 @@ constexpr absl::Duration kStatsEvery = absl::Seconds(10);
 constexpr absl::Duration kPatience = absl::Seconds(5);      // for rows that the watch does not bring
 constexpr absl::Duration kAwaitPlanners = absl::Seconds(10);
 constexpr absl::Duration kOutageLogEvery = absl::Seconds(30);
+constexpr absl::Duration kTellEvery = absl::Seconds(1);      // below the limit of a group
+constexpr absl::Duration kFollowAfterStop = absl::Seconds(10);
 
 }  // namespace
 
@@ -33,6 +35,7 @@ Learner::Metrics::Metrics(prometheus::Registry& r)
       updates(AddCounter(r, "learner_updates_total", "Updates made")),
       skipped_updates(AddCounter(r, "learner_skipped_updates_total", "Updates skipped because they were not finite")),
       checkpoint_errors(AddCounter(r, "learner_checkpoint_errors_total", "Checkpoints that could not be written")),
+      put_errors(AddCounter(r, "learner_snapshot_put_errors_total", "Snapshots that replay could not keep")),
       refused_chunks(AddCounter(r, "learner_chunks_refused_total", "Chunks that are damaged or do not fit the model")),
       update_seconds(AddHistogram(r, "learner_update_seconds", "Time of one update", SecondsBuckets())),
       batch_wait_seconds(AddHistogram(r, "learner_batch_wait_seconds", "Time to get a batch", SecondsBuckets())),
@@ -70,9 +73,18 @@ absl::Status Learner::Initialize() {
   mirror.refused_chunks = &metrics_.refused_chunks;
   ASSIGN_OR_RETURN(mirror_, Mirror::Create(mirror));
   const auto seed = static_cast<uint64_t>(experiment.seed());
-  ASSIGN_OR_RETURN(trainer_, Trainer::Create(experiment.model(), learning, seed, options_.device, options_.threads));
+  ASSIGN_OR_RETURN(trainer_, Trainer::Create(experiment.model(), learning, seed, options_.device, options_.threads,
+                                             /*bfloat16=*/false, options_.group));
+  BatchPart part;
+  if (options_.group != nullptr) part = {options_.group->rank(), options_.group->size()};
+  if (learning.batch_size() % part.ranks != 0) {
+    return absl::InvalidArgumentError(absl::StrCat("learning.batch_size ", learning.batch_size(), " cannot be shared by ",
+                                                   part.ranks, " ranks: expected a multiple of them"));
+  }
   source_ = std::make_unique<MirroredSource>(mirror_.get(), learning.batch_size(), DeriveSeed(seed, "batches"),
-                                             /*pinned=*/options_.device.is_cuda());
+                                             /*pinned=*/options_.device.is_cuda(), part);
+  if (!leads()) return absl::OkStatus();
+  if (!alternate()) keeper_ = std::make_unique<SnapshotKeeper>(options_.replay, kCall, &metrics_.put_errors);
   if (!options_.checkpoint_dir.empty()) {
     ASSIGN_OR_RETURN(checkpoints_, CheckpointFolder::Open(options_.checkpoint_dir, learning.keep_checkpoints()));
     RETURN_IF_ERROR(Resume());
@@ -109,12 +121,21 @@ absl::Status Learner::Resume() {
 }
 
 absl::Status Learner::Run() {
+  if (!leads()) return Follow();
   RETURN_IF_ERROR(Acquire());
-  if (stopped()) {
-    Release();
-    return absl::OkStatus();
-  }
+  const absl::Status status = stopped() ? absl::OkStatus() : Lead();
+  // Those that are left to end the run orderly.
+  const absl::Status told = status.ok() ? Tell(Order::kStop, stopped() ? 1 : 0) : absl::OkStatus();
+  // Who comes after a group that failed need not wait until the lease has run out.
+  if (status.ok() || (options_.group != nullptr && absl::IsUnavailable(status))) Release();
+  if (!told.ok()) LogWarning("not every rank knows that the run has ended reason={}", told.ToString());
+  return status;
+}
+
+absl::Status Learner::Lead() {
+  RETURN_IF_ERROR(GiveState(/*with_random=*/true));
   Publish(/*always_keep=*/true);
+  if (generation_ > 1) AwaitAPlanner();  // the first generation has none that were here before
   AwaitPlanners();
   mirror_->Follow(std::move(options_.watcher));
   absl::StatusOr<bool> more = true;
@@ -130,7 +151,11 @@ absl::Status Learner::Run() {
   // Under ALTERNATE a block that was cut short is not published: it is made good after a resume.
   if (!alternate()) Publish(/*always_keep=*/true);
   SaveCheckpoint();
-  Release();
+  if (keeper_ != nullptr) {
+    if (const absl::Status kept = keeper_->Flush(); !kept.ok()) {
+      LogError("replay does not keep the last snapshot updates={} reason={}", updates_, kept.ToString());
+    }
+  }
   LogInfo("learner stopped updates={}", updates_);
   return absl::OkStatus();
 }
@@ -138,6 +163,7 @@ absl::Status Learner::Run() {
 absl::Status Learner::Acquire() {
   absl::Time last_log = absl::InfinitePast();
   while (!stopped()) {
+    RETURN_IF_ERROR(KeepGroup());
     const absl::StatusOr<int64_t> generation =
         options_.replay->AcquireLearner(options_.learner_id, options_.clock->Now() + kCall);
     if (generation.ok()) {
@@ -168,6 +194,7 @@ void Learner::Release() {
 
 absl::StatusOr<bool> Learner::Step() {
   if (stopped()) return false;
+  RETURN_IF_ERROR(KeepGroup());
   const config::v1::Learning& learning = options_.experiment.learning();
   // Under ALTERNATE nothing else happens meanwhile, so one block holds all that is owed.
   int64_t wanted = alternate() ? std::max({learning.updates_per_episode(), learning.initial_updates(), 1000})
@@ -200,6 +227,7 @@ absl::StatusOr<bool> Learner::Step() {
 
 absl::StatusOr<bool> Learner::MakeUpdates(int32_t count) {
   const config::v1::Learning& learning = options_.experiment.learning();
+  RETURN_IF_ERROR(AwaitGroup());
   for (int32_t i = 0; i < count; ++i) {
     // Under ALTERNATE the data are others after the block.
     RETURN_IF_ERROR(MakeUpdate(/*more=*/!alternate() || i + 1 < count));
@@ -222,6 +250,7 @@ absl::StatusOr<bool> Learner::MakeUpdates(int32_t count) {
 absl::Status Learner::MakeUpdate(bool more) {
   const absl::Time begin = options_.clock->Now();
   ASSIGN_OR_RETURN(const StoredBatch batch, NextBatch());
+  RETURN_IF_ERROR(Tell(Order::kUpdate, more ? 1 : 0));
   if (more) source_->Prefetch();
   const absl::Time have_batch = options_.clock->Now();
   UpdateReport report;
@@ -265,6 +294,10 @@ void Learner::Observe(const UpdateReport& report) {
 }
 
 absl::StatusOr<StoredBatch> Learner::NextBatch() {
+  if (!leads()) {
+    if (prepared_.has_value()) return *std::exchange(prepared_, std::nullopt);
+    return source_->Next(options_.clock->Now() + options_.group->limit());  // rank 0 has one
+  }
   absl::Time log_after = options_.clock->Now() + kPatience;
   while (!stopped()) {
     absl::StatusOr<StoredBatch> batch = source_->Next(options_.clock->Now() + kSlice);
@@ -297,6 +330,7 @@ absl::Status Learner::AwaitRows() {
 }
 
 absl::Status Learner::Heartbeat() {
+  RETURN_IF_ERROR(KeepGroup());
   if (options_.clock->Now() - last_report_ < kReportEvery) return absl::OkStatus();
   const absl::Status status =
       options_.replay->ReserveUpdates(generation_, updates_to_report(), 0, options_.clock->Now() + kCall).status();
@@ -335,10 +369,16 @@ void Learner::Publish(bool always_keep) {
   options_.publisher->Publish(version, *file);
   metrics_.snapshot_version.Set(static_cast<double>(updates_));
   if (options_.on_snapshot) options_.on_snapshot(version, *file);
-  if (always_keep || begin - last_kept_ >= kKeepEvery) {
+  const bool keep = always_keep || begin - last_kept_ >= kKeepEvery;
+  if (keep && keeper_ != nullptr) {
+    keeper_->Put({version, *std::move(file)});
+    last_kept_ = begin;
+  } else if (keep) {
     const absl::Status kept = options_.replay->PutSnapshot({version, *std::move(file)}, options_.clock->Now() + kCall);
-    if (kept.ok()) last_kept_ = begin;
-    if (!kept.ok()) LogOutage("PutSnapshot", kept);
+    if (!kept.ok()) {
+      metrics_.put_errors.Increment();
+      LogOutage("PutSnapshot", kept);
+    }
   }
   metrics_.publish_seconds.Observe(absl::ToDoubleSeconds(options_.clock->Now() - begin));
 }
@@ -350,6 +390,20 @@ void Learner::PublishIfDue() {
   const bool late = learning.has_snapshot_every_seconds() &&
                     options_.clock->Now() - last_snapshot_ >= absl::Seconds(learning.snapshot_every_seconds());
   if (enough || late) Publish(/*always_keep=*/false);
+}
+
+void Learner::AwaitAPlanner() {
+  if (!alternate()) return;
+  const absl::Time deadline = options_.clock->Now() + options_.planner_patience;
+  while (!stopped()) {
+    const absl::Time now = options_.clock->Now();
+    if (options_.publisher->AwaitSubscriber(std::min(deadline, now + kSlice))) return;
+    if (now >= deadline) {
+      LogInfo("no planner has subscribed, learning begins without one waited={}",
+              absl::FormatDuration(options_.planner_patience));
+      return;
+    }
+  }
 }
 
 void Learner::AwaitPlanners() {
@@ -366,15 +420,19 @@ void Learner::AwaitPlanners() {
   }
 }
 
-void Learner::SaveCheckpoint() {
-  if (!checkpoints_.has_value() || saved_updates_ == updates_) return;
+Checkpoint Learner::State() const {
   Checkpoint checkpoint;
   checkpoint.updates = updates_;
   checkpoint.generation = generation_;
   checkpoint.sampler = source_->State();
   checkpoint.experiment = ToText(options_.experiment);
   checkpoint.tensors = trainer_->State();
-  const absl::Status status = checkpoints_->Save(checkpoint);
+  return checkpoint;
+}
+
+void Learner::SaveCheckpoint() {
+  if (!checkpoints_.has_value() || saved_updates_ == updates_) return;
+  const absl::Status status = checkpoints_->Save(State());
   if (!status.ok()) {
     metrics_.checkpoint_errors.Increment();
     LogError("checkpoint not written, training goes on updates={} reason={}", updates_, status.ToString());
@@ -387,6 +445,8 @@ void Learner::SaveCheckpoint() {
 // Parameters and optimizer go back; counters and randomness go on, so that versions stay ordered and the same batches do
 // not come again.
 absl::Status Learner::RollBack() {
+  skipped_in_a_row_ = 0;
+  if (!leads()) return absl::OkStatus();  // rank 0 gives it the parameters
   const std::string what = absl::StrCat(kSkippedBeforeRollback, " updates in a row were not finite (updates ", updates_, ")");
   if (!checkpoints_.has_value()) return absl::InternalError(absl::StrCat(what, " and there are no checkpoints"));
   if (++rollbacks_ > kRollbacksBeforeGivingUp) {
@@ -396,10 +456,111 @@ absl::Status Learner::RollBack() {
   const absl::StatusOr<Checkpoint> checkpoint = checkpoints_->LoadNewest();
   if (!checkpoint.ok()) return absl::InternalError(absl::StrCat(what, ": ", checkpoint.status().message()));
   RETURN_IF_ERROR(trainer_->Restore(checkpoint->tensors, /*with_random=*/false));
-  skipped_in_a_row_ = 0;
+  RETURN_IF_ERROR(GiveState(/*with_random=*/false));
   learnt_ = false;
   LogError("{}: back to the parameters of the checkpoint updates={}", what, checkpoint->updates);
   return absl::OkStatus();
+}
+
+absl::Status Learner::Tell(Order order, int64_t number) {
+  if (options_.group == nullptr || !leads()) return absl::OkStatus();
+  last_told_ = options_.clock->Now();
+  int64_t words[] = {static_cast<int64_t>(order), number};
+  return options_.group->Broadcast(absl::MakeSpan(words));
+}
+
+absl::Status Learner::KeepGroup() {
+  return options_.clock->Now() - last_told_ < kTellEvery ? absl::OkStatus() : Tell(Order::kIdle);
+}
+
+absl::Status Learner::GiveState(bool with_random) {
+  if (options_.group == nullptr) return absl::OkStatus();
+  ASSIGN_OR_RETURN(std::string state, SerializeCheckpoint(State()));
+  RETURN_IF_ERROR(Tell(Order::kState, with_random ? 1 : 0));
+  return options_.group->Broadcast(state);
+}
+
+absl::Status Learner::AwaitGroup() {
+  if (options_.group == nullptr) return absl::OkStatus();
+  while (!stopped()) {
+    RETURN_IF_ERROR(Tell(Order::kPrepare, alternate() || options_.wait_for_all_rows ? rows_appended_ : 0));
+    ASSIGN_OR_RETURN(const int64_t ready, options_.group->Sum(1));
+    if (ready == options_.group->size()) return absl::OkStatus();
+    RETURN_IF_ERROR(Heartbeat());
+  }
+  return absl::CancelledError("stopped");
+}
+
+absl::Status Learner::Follow() {
+  mirror_->Follow(std::move(options_.watcher));
+  absl::Time leave_at = absl::InfiniteFuture();
+  absl::StatusOr<bool> more = true;
+  while (more.ok() && *more && options_.clock->Now() < leave_at) {
+    more = Obey();
+    if (stopped()) leave_at = std::min(leave_at, options_.clock->Now() + kFollowAfterStop);
+  }
+  mirror_->Stop();
+  if (!more.ok()) {
+    LogError("learning ended updates={} reason={}", updates_, more.status().ToString());
+    return more.status();
+  }
+  LogInfo("learner stopped updates={} rank={}", updates_, options_.group->rank());
+  return absl::OkStatus();
+}
+
+absl::StatusOr<bool> Learner::Obey() {
+  int64_t words[2] = {};
+  RETURN_IF_ERROR(options_.group->Broadcast(absl::MakeSpan(words)));
+  switch (static_cast<Order>(words[0])) {
+    case Order::kIdle:
+      return true;
+    case Order::kState:
+      RETURN_IF_ERROR(TakeState(/*with_random=*/words[1] == 1));
+      return true;
+    case Order::kPrepare: {
+      ASSIGN_OR_RETURN(const bool ready, Prepare(words[1]));
+      RETURN_IF_ERROR(options_.group->Sum(ready ? 1 : 0).status());
+      return true;
+    }
+    case Order::kUpdate:
+      RETURN_IF_ERROR(MakeUpdate(/*more=*/words[1] == 1));
+      return true;
+    case Order::kStop:
+      if (words[1] == 1) Stop();
+      return false;
+  }
+  return absl::InternalError(absl::StrCat("rank 0 gave order ", words[0], ", expected 0 to 4: is it of another version?"));
+}
+
+absl::Status Learner::TakeState(bool with_random) {
+  std::string bytes;
+  RETURN_IF_ERROR(options_.group->Broadcast(bytes));
+  absl::StatusOr<Checkpoint> state = ParseCheckpoint(bytes);
+  if (!state.ok()) return Annotate(state.status(), "the state that rank 0 gave");
+  if (state->experiment != ToText(options_.experiment)) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "rank ", options_.group->rank(), " has another configuration than rank 0: start all ranks with the same one"));
+  }
+  RETURN_IF_ERROR(trainer_->Restore(state->tensors, with_random));
+  if (!with_random) return absl::OkStatus();
+  RETURN_IF_ERROR(source_->SetState(state->sampler));
+  prepared_.reset();
+  updates_ = state->updates;
+  absl::MutexLock lock(&mu_);
+  progress_.updates = updates_;
+  return absl::OkStatus();
+}
+
+absl::StatusOr<bool> Learner::Prepare(int64_t rows) {
+  const absl::Status there = mirror_->WaitForRows(rows, kPatience, options_.clock->Now() + kSlice);
+  if (absl::IsDeadlineExceeded(there)) return false;
+  RETURN_IF_ERROR(there);
+  if (prepared_.has_value()) return true;
+  absl::StatusOr<StoredBatch> batch = source_->Next(options_.clock->Now() + kSlice);
+  if (absl::IsDeadlineExceeded(batch.status())) return false;
+  RETURN_IF_ERROR(batch.status());
+  prepared_ = *std::move(batch);
+  return true;
 }
 
 void Learner::LogOutage(const char* call, const absl::Status& status) {

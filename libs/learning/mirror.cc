@@ -217,8 +217,14 @@ IndexTotals Mirror::totals() const {
   return index_->totals();
 }
 
-MirroredSource::MirroredSource(Mirror* mirror, int batch_size, uint64_t seed, bool pinned)
-    : mirror_(mirror), batch_size_(batch_size), pinned_(pinned), random_(seed), thread_([this] { Work(); }) {}
+MirroredSource::MirroredSource(Mirror* mirror, int batch_size, uint64_t seed, bool pinned, BatchPart part)
+    : mirror_(mirror),
+      whole_batch_(batch_size),
+      batch_size_(batch_size / part.ranks),
+      first_(part.rank * batch_size_),
+      pinned_(pinned),
+      random_(seed),
+      thread_([this] { Work(); }) {}
 
 MirroredSource::~MirroredSource() {
   {
@@ -281,10 +287,11 @@ absl::StatusOr<StoredBatch> MirroredSource::Gather(std::mt19937_64& random, Buff
     targets.push_back(static_cast<char*>(buffer.data_ptr()));
   }
   const auto copy = [&](size_t field, int64_t sequence, int64_t step, const char* row) {
-    const int64_t row_bytes = fields[field].row_bytes;
-    std::memcpy(targets[field] + (step * batch_size_ + sequence) * row_bytes, row, static_cast<size_t>(row_bytes));
+    const int64_t row_bytes = fields[field].row_bytes, place = sequence - first_;
+    if (place < 0 || place >= batch_size_) return;
+    std::memcpy(targets[field] + (step * batch_size_ + place) * row_bytes, row, static_cast<size_t>(row_bytes));
   };
-  RETURN_IF_ERROR(mirror_->Sample(batch_size_, random, deadline, copy));
+  RETURN_IF_ERROR(mirror_->Sample(whole_batch_, random, deadline, copy));
   StoredBatch batch;
   for (const auto& [name, buffer] : buffers) {
     if (name == kAction) {

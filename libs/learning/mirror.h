@@ -105,12 +105,22 @@ class Mirror {
   std::thread feeder_;  // last: it uses everything above
 };
 
+// Which part of a batch is gathered: batch_size / ranks sequences from number rank · batch_size / ranks on.
+struct BatchPart {
+  int rank = 0;
+  int ranks = 1;
+};
+
 // Batches gathered from a mirror, uniformly over all valid starts. One consumer thread. The tensors of a batch are used
 // again once the caller has dropped them.
+//
+// With several ranks each draws the sequences of the whole batch and gathers its part: those with the same seed, from mirrors of
+// the same rows, have together what one source would have given.
 class MirroredSource : public BatchSource {
  public:
-  // The mirror must outlive the source. `pinned`: batches lie in memory that a GPU copies from without the processor.
-  MirroredSource(Mirror* mirror, int batch_size, uint64_t seed, bool pinned = false);
+  // The mirror must outlive the source. `batch_size`: of the whole batch, a multiple of the ranks. `pinned`: batches lie in memory
+  // that a GPU copies from without the processor.
+  MirroredSource(Mirror* mirror, int batch_size, uint64_t seed, bool pinned = false, BatchPart part = {0, 1});
   ~MirroredSource() override;
   absl::StatusOr<StoredBatch> Next(absl::Time deadline) override;
   // Begins to gather the next batch meanwhile, on a thread of its own, from the rows that are there now.
@@ -132,7 +142,9 @@ class MirroredSource : public BatchSource {
 
   // Constant after construction.
   Mirror* const mirror_;
-  const int batch_size_;
+  const int whole_batch_;  // sequences that are drawn
+  const int batch_size_;   // and gathered, from this one on:
+  const int first_;
   const bool pinned_;
 
   // The consumer's; while `wanted_`, those that are `ahead` are the thread's.

@@ -1,10 +1,12 @@
 #include "libs/learning/mirror.h"
 
 #include <limits>
+#include <memory>
 #include <set>
 #include <string>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "libs/base/status_matchers.h"
 #include "libs/learning/learning_testing.h"
@@ -137,6 +139,25 @@ TEST_F(MirrorTest, BadChunksAreCountedAndSkipped) {
   EXPECT_EQ(CheckBatch(batch), (std::set<int64_t>{5}));
   // Nobody waits for the refused rows.
   EXPECT_OK(mirror_->WaitForRows(40, absl::Seconds(1), clock_.Now()));
+}
+
+TEST_F(MirrorTest, PartsOfABatchAreTogetherTheWhole) {
+  ASSERT_OK(Add(1, 0, 30));
+  ASSERT_OK(Add(2, 0, 30));
+  MirroredSource whole(mirror_.get(), 6, 7);
+  std::vector<std::unique_ptr<MirroredSource>> parts;
+  for (int rank = 0; rank < 3; ++rank) {
+    parts.push_back(std::make_unique<MirroredSource>(mirror_.get(), 6, 7, /*pinned=*/false, BatchPart{rank, 3}));
+  }
+  for (int i = 0; i < 3; ++i) {
+    ASSERT_OK_AND_ASSIGN(const StoredBatch expected, whole.Next(clock_.Now()));
+    for (int rank = 0; rank < 3; ++rank) {
+      ASSERT_OK_AND_ASSIGN(const StoredBatch part, parts[rank]->Next(clock_.Now()));
+      EXPECT_TRUE(torch::equal(part.reward, expected.reward.narrow(1, 2 * rank, 2)));
+      EXPECT_TRUE(torch::equal(part.observations.at("camera"), expected.observations.at("camera").narrow(1, 2 * rank, 2)));
+      parts[rank]->Prefetch();
+    }
+  }
 }
 
 TEST_F(MirrorTest, SameSeedAndStateGiveTheSameBatches) {

@@ -26,12 +26,13 @@ void SnapshotPublisher::Subscribe(Subscriber* subscriber, SnapshotVersion servin
   }
   subscribers_[subscriber] = serving;
   if (newest_ != nullptr && serving < newest_->version) subscriber->OnSnapshot(newest_);
+  changed_.SignalAll();
 }
 
 void SnapshotPublisher::Unsubscribe(Subscriber* subscriber) {
   absl::MutexLock lock(&mu_);
   subscribers_.erase(subscriber);
-  acknowledged_.SignalAll();
+  changed_.SignalAll();
 }
 
 void SnapshotPublisher::Acknowledge(Subscriber* subscriber, SnapshotVersion serving) {
@@ -39,7 +40,7 @@ void SnapshotPublisher::Acknowledge(Subscriber* subscriber, SnapshotVersion serv
   const auto found = subscribers_.find(subscriber);
   if (found == subscribers_.end()) return;
   found->second = std::max(found->second, serving);
-  acknowledged_.SignalAll();
+  changed_.SignalAll();
 }
 
 bool SnapshotPublisher::AllServe(SnapshotVersion version) const {
@@ -51,7 +52,16 @@ bool SnapshotPublisher::AwaitAcknowledgements(SnapshotVersion version, absl::Tim
   absl::MutexLock lock(&mu_);
   while (!closed_ && !AllServe(version)) {
     if (clock_->Now() >= deadline) return false;
-    clock_->WaitUntil(acknowledged_, mu_, deadline);
+    clock_->WaitUntil(changed_, mu_, deadline);
+  }
+  return !closed_;
+}
+
+bool SnapshotPublisher::AwaitSubscriber(absl::Time deadline) {
+  absl::MutexLock lock(&mu_);
+  while (!closed_ && subscribers_.empty()) {
+    if (clock_->Now() >= deadline) return false;
+    clock_->WaitUntil(changed_, mu_, deadline);
   }
   return !closed_;
 }
@@ -62,7 +72,7 @@ void SnapshotPublisher::Close() {
   closed_ = true;
   for (const auto& [subscriber, serving] : subscribers_) subscriber->OnClose();
   subscribers_.clear();
-  acknowledged_.SignalAll();
+  changed_.SignalAll();
 }
 
 SnapshotVersion SnapshotPublisher::version() const {

@@ -47,6 +47,8 @@ class SnapshotPublisher {
   void Acknowledge(Subscriber* subscriber, SnapshotVersion serving);
   // Waits until every subscriber of that moment serves `version` or a newer one. False: not by the deadline, or closed.
   bool AwaitAcknowledgements(SnapshotVersion version, absl::Time deadline);
+  // Waits until there is a subscriber. False: not by the deadline, or closed.
+  bool AwaitSubscriber(absl::Time deadline);
   // Tells every subscriber, and ends waits.
   void Close();
 
@@ -58,7 +60,7 @@ class SnapshotPublisher {
 
   Clock* const clock_;
   mutable absl::Mutex mu_;
-  absl::CondVar acknowledged_;
+  absl::CondVar changed_;  // subscribers, or what they serve
   std::shared_ptr<const PublishedSnapshot> newest_ ABSL_GUARDED_BY(mu_);
   std::map<Subscriber*, SnapshotVersion> subscribers_ ABSL_GUARDED_BY(mu_);
   bool closed_ ABSL_GUARDED_BY(mu_) = false;

@@ -19,7 +19,8 @@ constexpr char kGenerator[] = "random.generator";
 
 absl::StatusOr<std::unique_ptr<Trainer>> Trainer::Create(const config::v1::Model& model,
                                                          const config::v1::Learning& learning, uint64_t seed,
-                                                         torch::Device device, int threads, bool bfloat16) {
+                                                         torch::Device device, int threads, bool bfloat16,
+                                                         DataParallel* group) {
   ASSIGN_OR_RETURN(std::shared_ptr<WorldModel> world_model, WorldModel::Create(model, DeriveSeed(seed, "parameters")));
   std::shared_ptr<WorldModel> mean;
   if (learning.has_weight_average_decay()) {
@@ -38,17 +39,18 @@ absl::StatusOr<std::unique_ptr<Trainer>> Trainer::Create(const config::v1::Model
     torch::Generator generator = at::globalContext().defaultGenerator(device).clone();
     generator.set_current_seed(DeriveSeed(seed, "noise"));
     return std::unique_ptr<Trainer>(
-        new Trainer(std::move(world_model), std::move(average), learning, std::move(generator), device));
+        new Trainer(std::move(world_model), std::move(average), learning, std::move(generator), device, group));
   });
 }
 
 Trainer::Trainer(std::shared_ptr<WorldModel> model, std::unique_ptr<WeightAverage> average,
-                 const config::v1::Learning& learning, torch::Generator generator, torch::Device device)
+                 const config::v1::Learning& learning, torch::Generator generator, torch::Device device, DataParallel* group)
     : device_(device),
+      group_(group),
       model_(std::move(model)),
       average_(std::move(average)),
       generator_(std::move(generator)),
-      updater_(model_, learning),
+      updater_(model_, learning, group),
       step_(
           device,
           [this](const std::vector<torch::Tensor>& stored) {
@@ -56,7 +58,7 @@ Trainer::Trainer(std::shared_ptr<WorldModel> model, std::unique_ptr<WeightAverag
             TORCH_CHECK(values.ok(), std::string(values.status().message()));
             return std::vector<torch::Tensor>{*values};
           },
-          MakeDeviceGraph(device, {generator_})) {}
+          group == nullptr ? MakeDeviceGraph(device, {generator_}) : nullptr) {}
 
 absl::StatusOr<std::vector<torch::Tensor>> Trainer::Flatten(const StoredBatch& stored) const {
   const config::v1::Model& config = model_->config();
@@ -78,19 +80,37 @@ absl::StatusOr<std::vector<torch::Tensor>> Trainer::Flatten(const StoredBatch& s
   return tensors;
 }
 
+TensorMap Trainer::Preprocess(const TensorMap& stored) {
+  if (group_ == nullptr) return model_->Preprocess(stored, generator_);
+  TensorMap observations = model_->Preprocess(stored, c10::nullopt);
+  for (const config::v1::Modality& modality : model_->config().modalities()) {
+    if (!modality.has_image() || modality.image().bits() == 8) continue;
+    const torch::Tensor& pictures = stored.at(modality.name());  // [T, B, H, W, C]
+    std::vector<int64_t> whole = pictures.sizes().vec();
+    whole[1] *= group_->size();
+    const torch::Tensor noise = at::rand(whole, generator_, at::TensorOptions(at::kFloat).device(device_));
+    const double step = 1.0 / (1 << modality.image().bits());
+    observations.at(modality.name()).add_(group_->Part(noise, 1).movedim(-1, -3), step);
+  }
+  return observations;
+}
+
 Batch Trainer::Prepare(const std::vector<torch::Tensor>& stored) {
   torch::NoGradGuard no_grad;
   TensorMap observations;
   size_t i = 0;
   for (const config::v1::Modality& modality : model_->config().modalities()) observations[modality.name()] = stored[i++];
-  Batch batch{model_->Preprocess(observations, generator_), stored[i], stored[i + 1], stored[i + 2]};
+  Batch batch{Preprocess(observations), stored[i], stored[i + 1], stored[i + 2]};
   if (model_->config().has_continue_head()) batch.is_terminal = stored[i + 3];
   return batch;
 }
 
 absl::StatusOr<UpdateResult> Trainer::MakeUpdate(const StoredBatch& stored) {
-  ASSIGN_OR_RETURN(const std::vector<torch::Tensor> tensors, Flatten(stored));
-  if (!device_.is_cuda()) return updater_.Update(Prepare(tensors), generator_);
+  ASSIGN_OR_RETURN(std::vector<torch::Tensor> tensors, Flatten(stored));
+  if (!device_.is_cuda() || group_ != nullptr) {
+    for (torch::Tensor& tensor : tensors) tensor = tensor.to(device_);
+    return updater_.Update(Prepare(tensors), generator_);
+  }
   return updater_.Read(step_.Run(tensors)[0]);
 }
 

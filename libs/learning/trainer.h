@@ -12,6 +12,7 @@
 #include "libs/config/config.h"
 #include "libs/device/captured_step.h"
 #include "libs/learning/batch_source.h"
+#include "libs/learning/data_parallel.h"
 #include "libs/learning/update.h"
 #include "libs/learning/weight_average.h"
 #include "libs/world_model/world_model.h"
@@ -22,14 +23,15 @@ namespace orrery {
 // went through State and Restore in between.
 class Trainer {
  public:
-  // `model` complete; both valid; `threads` share an update on the CPU; `bfloat16`: WorldModel::UseBfloat16.
-  // INVALID_ARGUMENT or INTERNAL: the model cannot be made on that device.
+  // `model` complete; both valid; `threads` share an update on the CPU; `bfloat16`: WorldModel::UseBfloat16. `group` (update.h)
+  // must outlive the trainer; null: it learns alone. INVALID_ARGUMENT or INTERNAL: the model cannot be made on that device.
   static absl::StatusOr<std::unique_ptr<Trainer>> Create(const config::v1::Model& model,
                                                          const config::v1::Learning& learning, uint64_t seed,
-                                                         torch::Device device, int threads, bool bfloat16 = false);
+                                                         torch::Device device, int threads, bool bfloat16 = false,
+                                                         DataParallel* group = nullptr);
   // One update from a batch as stored: to the device, preprocessed, then the updater. On CUDA the whole of it is one graph, and
-  // all batches must be of one shape; batches in pinned memory arrive faster. INVALID_ARGUMENT names what is missing; INTERNAL:
-  // LibTorch failed.
+  // all batches must be of one shape; batches in pinned memory arrive faster. In a group it is no graph, and `batch` is this
+  // rank's part. INVALID_ARGUMENT names what is missing; INTERNAL: LibTorch failed; UNAVAILABLE: the group has failed.
   absl::StatusOr<UpdateResult> Update(const StoredBatch& batch);
 
   // "param.<name>", the optimizer's "adam.…", "random.generator" and, with learning.weight_average_decay, "average.<name>".
@@ -45,15 +47,18 @@ class Trainer {
 
  private:
   Trainer(std::shared_ptr<WorldModel> model, std::unique_ptr<WeightAverage> average, const config::v1::Learning& learning,
-          torch::Generator generator, torch::Device device);
+          torch::Generator generator, torch::Device device, DataParallel* group);
   absl::StatusOr<UpdateResult> MakeUpdate(const StoredBatch& batch);
   absl::Status CheckParameters(const TensorMap& state) const;
   // A batch's tensors in a fixed order: modalities, action, reward, is_first and, with a continue head, is_terminal.
   absl::StatusOr<std::vector<torch::Tensor>> Flatten(const StoredBatch& stored) const;
   // Such tensors, on the device, as the model takes them.
   Batch Prepare(const std::vector<torch::Tensor>& stored);
+  // WorldModel::Preprocess; in a group with the noise that the whole batch would get.
+  TensorMap Preprocess(const TensorMap& stored);
 
   const torch::Device device_;
+  DataParallel* const group_;  // may be null
   std::shared_ptr<WorldModel> model_;
   const std::unique_ptr<WeightAverage> average_;  // may be empty
   torch::Generator generator_;

@@ -147,11 +147,12 @@ BehaviorAndGradients ComputeBehavior(const WorldModel& model, const LossOutputs&
   return result;
 }
 
-Updater::Updater(std::shared_ptr<WorldModel> model, const config::v1::Learning& learning)
+Updater::Updater(std::shared_ptr<WorldModel> model, const config::v1::Learning& learning, DataParallel* ranks)
     : model_(std::move(model)),
       schedule_(learning.rate_schedule()),
       epsilon_(learning.adam_epsilon()),
-      clip_(learning.gradient_clip()) {
+      clip_(learning.gradient_clip()),
+      ranks_(ranks) {
   model_group_.learning_rate = learning.learning_rate();
   actor_group_.learning_rate = learning.actor_learning_rate();
   value_group_.learning_rate = learning.value_learning_rate();
@@ -167,10 +168,50 @@ Updater::Updater(std::shared_ptr<WorldModel> model, const config::v1::Learning& 
   device_steps_ = at::zeros({}, model_group_.parameters[0].options().requires_grad(false));
 }
 
+LossNoise Updater::DrawLossNoise(const Batch& batch, torch::Generator& generator) const {
+  const int64_t t = batch.reward.size(0), b = batch.reward.size(1);
+  if (ranks_ == nullptr) return model_->DrawNoise(t, b, generator, false);
+  LossNoise noise = model_->DrawNoise(t, b * ranks_->size(), generator, false);
+  noise.posterior = ranks_->Part(noise.posterior, 1);
+  noise.overshooting = ranks_->Part(noise.overshooting, 2);
+  noise.component = ranks_->Part(noise.component, 1);
+  noise.dropout = ranks_->Part(noise.dropout, 1);
+  return noise;
+}
+
+BehaviorNoise Updater::DrawNoiseOfBehavior(const LossOutputs& o, torch::Generator& generator) const {
+  const int64_t t = o.deter.size(0), b = o.deter.size(1);
+  if (ranks_ == nullptr) return DrawBehaviorNoise(*model_, t * b, generator);
+  BehaviorNoise noise = DrawBehaviorNoise(*model_, t * b * ranks_->size(), generator);
+  const auto part = [&](const Tensor& whole) {  // [H, T·B, size]
+    return ranks_->Part(whole.unflatten(1, {t, b * ranks_->size()}), 2).flatten(1, 2);
+  };
+  return {part(noise.action), part(noise.state)};
+}
+
+absl::Status Updater::Average(Computed& computed) {
+  if (ranks_ == nullptr) return absl::OkStatus();
+  std::vector<Tensor> pieces;
+  for (const Gradients& g : computed.gradients)
+    for (const Tensor& tensor : g.tensors) pieces.push_back(tensor.flatten());
+  for (const auto& term : computed.terms) pieces.push_back(term.second.detach().reshape({1}));
+  Tensor all = at::cat(pieces);
+  RETURN_IF_ERROR(ranks_->Mean(all));
+  int64_t begin = 0;
+  for (Gradients& g : computed.gradients) {
+    for (Tensor& tensor : g.tensors) {
+      tensor.copy_(all.narrow(0, begin, tensor.numel()).view(tensor.sizes()));
+      begin += tensor.numel();
+    }
+  }
+  for (auto& term : computed.terms) term.second = all[begin++];
+  return absl::OkStatus();
+}
+
 void Updater::AddBehavior(const LossOutputs& o, torch::Generator& generator, std::vector<Gradients>& gradients,
                           std::vector<std::pair<const char*, Tensor>>& terms) {
   if (!model_->config().has_behavior()) return;
-  const BehaviorNoise noise = DrawBehaviorNoise(*model_, o.deter.size(0) * o.deter.size(1), generator);
+  const BehaviorNoise noise = DrawNoiseOfBehavior(o, generator);
   BehaviorAndGradients behavior = ComputeBehavior(*model_, o, noise, /*gradients=*/true);
   gradients.push_back({&actor_group_, std::move(behavior.actor)});
   gradients.push_back({&value_group_, std::move(behavior.value)});
@@ -180,7 +221,7 @@ void Updater::AddBehavior(const LossOutputs& o, torch::Generator& generator, std
 
 absl::StatusOr<Updater::Computed> Updater::Compute(const Batch& batch, torch::Generator& generator) {
   if (!batch.reward.defined() || batch.reward.dim() != 2) return CheckBatch(model_->config(), batch);
-  const LossNoise noise = model_->DrawNoise(batch.reward.size(0), batch.reward.size(1), generator, false);
+  const LossNoise noise = DrawLossNoise(batch, generator);
   ASSIGN_OR_RETURN(LossAndGradients loss, ComputeLoss(*model_, batch, noise, false, /*gradients=*/true));
   Computed computed;
   computed.terms = Terms(loss.outputs);
@@ -189,6 +230,7 @@ absl::StatusOr<Updater::Computed> Updater::Compute(const Batch& batch, torch::Ge
   computed.gradients = {{&model_group_, std::move(loss.gradients)}};
   AddBehavior(loss.outputs, generator, computed.gradients, computed.terms);
   torch::NoGradGuard no_grad;
+  RETURN_IF_ERROR(Average(computed));
   std::vector<Tensor> scalars;
   for (const Gradients& g : computed.gradients)
     scalars.push_back(at::linalg_vector_norm(at::stack(at::_foreach_norm(g.tensors))));

@@ -11,6 +11,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "libs/config/config.h"
+#include "libs/learning/data_parallel.h"
 #include "libs/world_model/behavior.h"
 #include "libs/world_model/world_model.h"
 
@@ -53,19 +54,27 @@ struct UpdateResult {
 // Learning rates follow learning.rate_schedule by steps(). One thread; shares the model with its caller, who must not change
 // its parameters, and must have moved it to its device before.
 //
+// With several ranks each gives its part of the batch, as many columns as any other, and a generator in the same state. All draw
+// the noise of the whole batch and take that of their columns; gradients and losses are means over ranks. So ranks that begin
+// with equal parameters make the step that one process would make from the whole batch, up to rounding, where a loss is a
+// mean over rows; and they stay equal, for they skip alike. (A mean over rows that count, as with absent modalities or in
+// overshooting, becomes the mean of the ranks' means.)
+//
 //   Batch batch{model->Preprocess(stored.observations, generator), stored.action, stored.reward, stored.is_first};
 //   ASSIGN_OR_RETURN(UpdateResult result, updater.Update(batch, generator));
 class Updater {
  public:
-  // `learning` must be valid (config.h).
-  Updater(std::shared_ptr<WorldModel> model, const config::v1::Learning& learning);
+  // `learning` must be valid (config.h). `ranks` must outlive the updater; null: it learns alone.
+  Updater(std::shared_ptr<WorldModel> model, const config::v1::Learning& learning, DataParallel* ranks = nullptr);
 
-  // Draws the loss's noise from `generator`. INVALID_ARGUMENT: the batch does not fit the model; nothing changed.
+  // Draws the loss's noise from `generator`. INVALID_ARGUMENT: the batch does not fit the model; nothing changed. UNAVAILABLE: the
+  // group has failed; nothing changed.
   absl::StatusOr<UpdateResult> Update(const Batch& batch, torch::Generator& generator);
 
   // The same without waiting for the device, so that it can be recorded in a graph (libs/device/captured_step.h): whether the
   // update is skipped is decided on the device. The result is what Read takes: float32 on the device. For every time that this
   // is done, Read must be called once, in the same order. Gradients are clipped and steps taken as in Update, up to rounding.
+  // Ranks wait for the device: with several, use Update.
   absl::StatusOr<torch::Tensor> Enqueue(const Batch& batch, torch::Generator& generator);
   // What such an update did. Waits for the device.
   UpdateResult Read(const torch::Tensor& values);
@@ -98,6 +107,11 @@ class Updater {
     torch::Tensor values;  // norms of the gradients, then the terms: on the device
   };
   absl::StatusOr<Computed> Compute(const Batch& batch, torch::Generator& generator);
+  // Both drawn for the whole batch; this rank's part of it.
+  LossNoise DrawLossNoise(const Batch& batch, torch::Generator& generator) const;
+  BehaviorNoise DrawNoiseOfBehavior(const LossOutputs& o, torch::Generator& generator) const;
+  // Gradients and terms become their means over ranks.
+  absl::Status Average(Computed& computed);
   // Appends the actor's and the value's gradients and losses.
   void AddBehavior(const LossOutputs& o, torch::Generator& generator, std::vector<Gradients>& gradients,
                    std::vector<std::pair<const char*, torch::Tensor>>& terms);
@@ -112,6 +126,7 @@ class Updater {
   const std::shared_ptr<WorldModel> model_;
   const config::v1::RateSchedule schedule_;
   const double epsilon_, clip_;
+  DataParallel* const ranks_;  // may be null
   Group model_group_, actor_group_, value_group_;  // the last two are empty without model.behavior
   int64_t steps_ = 0;
   torch::Tensor device_steps_;               // the same on the device, float32 scalar

@@ -3,21 +3,27 @@
 #include <torch/torch.h>
 #include <unistd.h>
 
+#include <cstdlib>
 #include <map>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <thread>
 #include <utility>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/synchronization/notification.h"
 #include "absl/time/clock.h"
 #include "libs/base/cpu.h"
 #include "libs/base/log.h"
+#include "libs/base/shutdown.h"
 #include "libs/base/status.h"
 #include "libs/client/channel.h"
 #include "libs/config/config.h"
 #include "libs/learning/complete_model.h"
+#include "libs/learning/data_parallel.h"
 #include "libs/learning/learner.h"
 #include "libs/learning/training_log.h"
 #include "libs/telemetry/service_main.h"
@@ -28,6 +34,8 @@ namespace {
 
 const ServiceDefaults kDefaults{"learner", 7102, 7202, 9102};
 constexpr int64_t kLogEveryUpdates = 10;
+constexpr int kPortsBetweenRanks = 10;
+constexpr absl::Duration kSignalPoll = absl::Milliseconds(100);
 
 struct LearnerFlags {
   CommonFlags common;
@@ -37,6 +45,7 @@ struct LearnerFlags {
   bool resume = false;
   std::string device = "cpu";
   int threads = 0;
+  double rank_limit = 60;
 };
 
 void AddFlags(CLI::App& app, LearnerFlags& flags) {
@@ -52,6 +61,44 @@ void AddFlags(CLI::App& app, LearnerFlags& flags) {
   app.add_option("--threads", flags.threads, "Threads that compute; 0: as many as affinity and cgroup leave")
       ->check(CLI::Range(0, 1024))
       ->capture_default_str();
+  app.add_option("--rank_limit", flags.rank_limit,
+                 "Seconds after which a rank that does not answer counts as lost, where several learn together")
+      ->check(CLI::Range(30.0, 86400.0))
+      ->capture_default_str();
+}
+
+// Waits for the other ranks. SIGINT or SIGTERM meanwhile ends the process at once: it holds nothing yet.
+absl::StatusOr<std::unique_ptr<DataParallel>> Join(const DataParallel::Options& options) {
+  absl::StatusOr<std::unique_ptr<DataParallel>> group = absl::UnknownError("still waiting");
+  absl::Notification done;
+  std::thread thread([&] {
+    group = DataParallel::Join(options);
+    done.Notify();
+  });
+  while (!done.HasBeenNotified()) {
+    if (WaitForShutdownSignal(kSignalPoll) == 0) continue;
+    LogInfo("stopped while waiting for the other ranks rank={} size={}", options.rank, options.size);
+    std::_Exit(0);
+  }
+  thread.join();
+  return group;
+}
+
+// The group that torchrun's variables name; null: none. Ranks of one machine that were started with the same flags get a GPU and
+// ports each.
+absl::StatusOr<std::unique_ptr<DataParallel>> JoinGroup(LearnerFlags& flags, torch::Device& device) {
+  ASSIGN_OR_RETURN(std::optional<DataParallel::Options> options, DataParallel::FromEnvironment());
+  if (!options.has_value()) return nullptr;
+  if (device.is_cuda() && !device.has_index()) device.set_index(static_cast<c10::DeviceIndex>(options->local_rank));
+  for (std::string* address : {&flags.common.listen, &flags.common.health_listen, &flags.common.metrics_listen}) {
+    const size_t colon = address->rfind(':');
+    int port = 0;
+    if (colon == std::string::npos || !absl::SimpleAtoi(address->substr(colon + 1), &port) || port == 0) continue;
+    *address = absl::StrCat(address->substr(0, colon + 1), port + kPortsBetweenRanks * options->local_rank);
+  }
+  options->device = device;
+  options->limit = absl::Seconds(flags.rank_limit);
+  return Join(*options);
 }
 
 // Unique across machines and restarts: the lease belongs to this process.
@@ -113,7 +160,7 @@ class CurveWriter {
   bool failed_ = false;
 };
 
-absl::Status Serve(const LearnerFlags& flags) {
+absl::Status Serve(LearnerFlags flags) {
   torch::set_num_threads(1);
   torch::set_num_interop_threads(1);
   ASSIGN_OR_RETURN(const config::v1::Experiment loaded, LoadExperiment(flags.common.config, flags.common.set));
@@ -122,6 +169,10 @@ absl::Status Serve(const LearnerFlags& flags) {
   LogInfo("configuration\n{}", ToText(options.experiment));
   ASSIGN_OR_RETURN(options.device, ParseDevice(flags.device));
   options.threads = ThreadsOf(flags.threads);
+  ASSIGN_OR_RETURN(const std::unique_ptr<DataParallel> group, JoinGroup(flags, options.device));
+  options.group = group.get();
+  const bool leads = group == nullptr || group->rank() == 0;
+  if (!leads) flags.log_dir.clear();  // the curve is rank 0's
   ASSIGN_OR_RETURN(const std::shared_ptr<grpc::Channel> replay, MakeChannel(flags.replay));
 
   HostOptions host_options = MakeHostOptions(kDefaults, flags.common);
@@ -145,15 +196,16 @@ absl::Status Serve(const LearnerFlags& flags) {
     const Learner::Progress progress = learner->progress();
     return LearnerServiceImpl::Progress{progress.updates, progress.loss};
   });
-  host_options.services = {&service};
+  if (leads) host_options.services = {&service};
   ASSIGN_OR_RETURN(host, ServiceHost::Start(std::move(host_options)));
+  if (!leads) host->SetReady(true);
 
   absl::Status result;
   std::thread thread([&] {
     result = learner->Run();
     // A learner that cannot go on ends the process the same way as an operator does. One whose run is complete goes on
-    // serving its last snapshot.
-    if (!result.ok()) kill(getpid(), SIGTERM);
+    // serving its last snapshot. The other ranks end with rank 0.
+    if (!result.ok() || (!leads && learner->stopped())) kill(getpid(), SIGTERM);
   });
   AwaitShutdown(*host, kDefaults.name, [&] {
     learner->Stop();
