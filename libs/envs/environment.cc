@@ -1,7 +1,14 @@
 #include "libs/envs/environment.h"
 
+#include <algorithm>
+#include <map>
+#include <utility>
+
+#include "absl/base/const_init.h"
+#include "absl/base/thread_annotations.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/synchronization/mutex.h"
 #include "libs/base/random.h"
 #include "libs/base/status.h"
 #include "libs/envs/ball_in_cup.h"
@@ -34,6 +41,20 @@ std::vector<MujocoTask> MujocoTasks() {
   return all;
 }
 
+ABSL_CONST_INIT absl::Mutex registry_mu(absl::kConstInit);
+
+std::map<std::string, EnvironmentMaker>& Registry() ABSL_EXCLUSIVE_LOCKS_REQUIRED(registry_mu) {
+  static auto* const registry = new std::map<std::string, EnvironmentMaker>();
+  return *registry;
+}
+
+// Empty if nothing was registered under this name.
+EnvironmentMaker FindRegistered(const std::string& task) {
+  absl::MutexLock lock(&registry_mu);
+  const auto found = Registry().find(task);
+  return found == Registry().end() ? EnvironmentMaker() : found->second;
+}
+
 }  // namespace
 
 uint64_t Hash(const EnvironmentSpec& spec) {
@@ -50,7 +71,20 @@ std::vector<std::string> KnownTasks() {
   for (const MujocoTask& task : MujocoTasks()) names.push_back(task.name);
   names.push_back(kPointPixels);
   names.push_back(kPointPixelsDiscrete);
+  absl::MutexLock lock(&registry_mu);
+  for (const auto& [name, make] : Registry()) names.push_back(name);
   return names;
+}
+
+absl::Status RegisterEnvironment(const std::string& task, EnvironmentMaker make) {
+  if (task.empty()) return absl::InvalidArgumentError("the name of the task is empty");
+  if (!make) return absl::InvalidArgumentError(absl::StrCat("task \"", task, "\" has no function that makes it"));
+  const std::vector<std::string> known = KnownTasks();
+  absl::MutexLock lock(&registry_mu);
+  if (std::count(known.begin(), known.end(), task) > 0 || !Registry().emplace(task, std::move(make)).second) {
+    return absl::AlreadyExistsError(absl::StrCat("there is a task \"", task, "\" already"));
+  }
+  return absl::OkStatus();
 }
 
 absl::StatusOr<std::unique_ptr<Simulator>> MakeSimulator(const std::string& task, int image_size,
@@ -82,6 +116,7 @@ EnvironmentOptions ToEnvironmentOptions(const config::v1::Environment& environme
 }
 
 absl::StatusOr<std::unique_ptr<Environment>> MakeEnvironment(const EnvironmentOptions& options) {
+  if (const EnvironmentMaker make = FindRegistered(options.task)) return make(options);
   if (options.task == kPointPixelsDiscrete) {
     EnvironmentOptions continuous = options;
     continuous.task = kPointPixels;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -95,10 +96,17 @@ struct EnvironmentOptions {
 // What orrery.config.v1.Environment says.
 EnvironmentOptions ToEnvironmentOptions(const config::v1::Environment& environment);
 
-// Makes a task with action repeat (rewards summed, stops at the end of the episode) around it.
-// NOT_FOUND lists the known tasks, or names the missing MuJoCo file; INVALID_ARGUMENT names the option out of range.
+using EnvironmentMaker = std::function<absl::StatusOr<std::unique_ptr<Environment>>(const EnvironmentOptions&)>;
+
+// Makes a task with action repeat (rewards summed, stops at the end of the episode) around it, or whatever was registered under
+// its name. Thread-safe. NOT_FOUND lists the known tasks, or names the missing MuJoCo file; INVALID_ARGUMENT names the option
+// out of range.
 absl::StatusOr<std::unique_ptr<Environment>> MakeEnvironment(const EnvironmentOptions& options);
-// Names of all tasks.
+// Names of all tasks: the built-in ones, then those that were registered.
 std::vector<std::string> KnownTasks();
+// Makes a task of one's own known to MakeEnvironment, for the rest of the process. `make` is called on several threads at once
+// and does itself what the options say (MakeSimulatorEnvironment of simulator.h does it for a Simulator). Thread-safe.
+// INVALID_ARGUMENT for an empty name or maker, ALREADY_EXISTS for a name that is known.
+absl::Status RegisterEnvironment(const std::string& task, EnvironmentMaker make);
 
 }  // namespace orrery

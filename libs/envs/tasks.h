@@ -1,8 +1,6 @@
 // Several tasks that one agent plays.
 #pragma once
 
-#include <functional>
-#include <memory>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -10,8 +8,6 @@
 #include "orrery/config/v1/experiment.pb.h"
 
 namespace orrery {
-
-using EnvironmentMaker = std::function<absl::StatusOr<std::unique_ptr<Environment>>(const EnvironmentOptions&)>;
 
 // How each task of the configuration is made, in its order. Several tasks are each made once by `make`, to see that one agent
 // can play them all; continuous actions are then padded to the largest. INVALID_ARGUMENT names a task that does not fit the

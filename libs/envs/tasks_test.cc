@@ -136,5 +136,20 @@ TEST(DiscreteActions, OnlyOneHotIsAChoice) {
   EXPECT_OK(discrete->Step(std::vector<float>{0, 0, 0, 0, 1}));
 }
 
+TEST(RegisterEnvironment, MakesATaskKnown) {
+  ASSERT_OK(RegisterEnvironment("d4 of a program", MakeDescribed));
+  EXPECT_EQ(KnownTasks().back(), "d4 of a program");
+  ASSERT_OK_AND_ASSIGN(const auto environment, MakeEnvironment({.task = "d4 of a program", .image_size = 48}));
+  EXPECT_EQ(environment->spec().action, (ActionSpec{4, true}));
+  EXPECT_EQ(environment->spec().observations, (std::vector<TensorSpec>{{"of a program", DType::kUInt8, {48, 48, 3}}}));
+  ASSERT_OK_AND_ASSIGN(const auto tasks, TaskOptions(Parse("task: 'd4 of a program' action_repeat: 3")));
+  EXPECT_EQ(tasks.at(0).action_repeat, 3);
+  EXPECT_THAT(RegisterEnvironment("d4 of a program", MakeDescribed),
+              StatusIs(absl::StatusCode::kAlreadyExists, HasSubstr("\"d4 of a program\"")));
+  EXPECT_THAT(RegisterEnvironment("cartpole_balance", MakeDescribed), StatusIs(absl::StatusCode::kAlreadyExists));
+  EXPECT_THAT(RegisterEnvironment("", MakeDescribed), StatusIs(absl::StatusCode::kInvalidArgument));
+  EXPECT_THAT(RegisterEnvironment("new", nullptr), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("\"new\"")));
+}
+
 }  // namespace
 }  // namespace orrery

@@ -9,7 +9,6 @@
 #include "libs/base/random.h"
 #include "libs/base/status.h"
 #include "libs/client/status.h"
-#include "libs/envs/check_step.h"
 #include "libs/replay/chunk_codec.h"
 #include "libs/replay/chunk_text.h"
 #include "libs/telemetry/metrics.h"
@@ -83,7 +82,9 @@ struct Actor::Metrics {
                                   SecondsBuckets())),
         wait_seconds(AddHistogram(r, "actor_action_wait_seconds", "Seconds waited for one answer of the planner",
                                   SecondsBuckets())),
-        unacknowledged(AddGauge(r, "actor_unacknowledged_bytes", "Bytes of chunks sent and not yet acknowledged")) {}
+        unacknowledged(AddGauge(r, "actor_unacknowledged_bytes", "Bytes of chunks sent and not yet acknowledged")),
+        append_blocked(AddCounter(r, "actor_append_blocked_seconds_total",
+                                  "Seconds that chunks waited for room among those not yet acknowledged")) {}
   prometheus::Counter& Steps(const std::string& task) {
     return AddCounter(registry, "actor_env_steps_total", "Simulator steps, action repeat counted", {{"task", task}});
   }
@@ -102,6 +103,7 @@ struct Actor::Metrics {
   prometheus::Histogram& step_seconds;
   prometheus::Histogram& wait_seconds;
   prometheus::Gauge& unacknowledged;
+  prometheus::Counter& append_blocked;
 };
 
 Actor::Actor(ActorOptions options)
@@ -127,30 +129,23 @@ absl::StatusOr<std::unique_ptr<Actor>> Actor::Create(ActorOptions options) {
     actor->metrics_->Episodes(task.task);
     actor->metrics_->Failures(task.task);
   }
-  for (Player& player : actor->players_) RETURN_IF_ERROR(actor->Choose(player, actor->tasks_[0].task));
+  VectorEnvironment::Options environments;
+  environments.size = static_cast<int>(actor->players_.size());
+  environments.environment = actor->tasks_[0];
+  environments.make = actor->options_.make_environment;
+  environments.timeout = actor->options_.environment_timeout;
+  ASSIGN_OR_RETURN(actor->environments_, VectorEnvironment::Create(std::move(environments)));
+  actor->spec_ = actor->environments_->spec();
+  actor->specification_hash_ = Hash(actor->spec_);
+  for (size_t i = 0; i < actor->players_.size(); ++i) actor->players_[i].index = static_cast<int>(i);
   return actor;
 }
 
-absl::Status Actor::Choose(Player& player, const std::string& task) {
-  const auto options = std::find_if(tasks_.begin(), tasks_.end(), [&](const auto& known) { return known.task == task; });
-  if (options == tasks_.end()) {
-    return absl::FailedPreconditionError(absl::StrFormat("replay hands out task '%s', which is not in the configuration", task));
+absl::StatusOr<const EnvironmentOptions*> Actor::FindTask(const std::string& name) const {
+  for (const EnvironmentOptions& task : tasks_) {
+    if (task.task == name) return &task;
   }
-  std::unique_ptr<Environment>& environment = player.environments[task];
-  if (environment == nullptr) {
-    ASSIGN_OR_RETURN(environment, options_.make_environment(*options));
-  }
-  player.environment = environment.get();
-  player.options = &*options;
-  const EnvironmentSpec& spec = environment->spec();
-  if (specification_hash_ == 0) {
-    spec_ = spec;
-    specification_hash_ = Hash(spec);
-  } else if (!(spec == spec_)) {
-    return absl::FailedPreconditionError(
-        absl::StrFormat("task '%s' has other observations or actions than task '%s'", task, tasks_[0].task));
-  }
-  return absl::OkStatus();
+  return absl::FailedPreconditionError(absl::StrFormat("replay hands out task '%s', which is not in the configuration", name));
 }
 
 bool Actor::Stopped() const {
@@ -162,6 +157,7 @@ void Actor::Stop() {
   absl::MutexLock lock(&mu_);
   stopped_ = true;
   stop_changed_.SignalAll();
+  environments_->Interrupt();
   if (act_in_flight_ != nullptr) act_in_flight_->TryCancel();
 }
 
@@ -187,10 +183,12 @@ absl::StatusOr<bool> Actor::Step() {
   if (Stopped()) return false;
   ASSIGN_OR_RETURN(const bool more, BeginEpisodes());
   if (!more) return false;
+  RETURN_IF_ERROR(Collect());
   ASSIGN_OR_RETURN(std::vector<Decision> decisions, Decide());
   for (size_t i = 0; i < players_.size(); ++i) {
-    if (!decisions[i].action.empty()) RETURN_IF_ERROR(Advance(players_[i], std::move(decisions[i])));
+    if (!decisions[i].action.empty()) RETURN_IF_ERROR(Execute(players_[i], std::move(decisions[i])));
   }
+  RETURN_IF_ERROR(Collect());
   metrics_->unacknowledged.Set(static_cast<double>(writer_->unacknowledged_bytes()));
   return true;
 }
@@ -199,10 +197,11 @@ void Actor::Finish() {
   const absl::Time deadline = absl::Now() + kFinishTimeout;
   for (Player& player : players_) {
     if (!player.running) continue;
+    player.running = false;
+    if (player.rows.empty()) continue;  // it has not started
     // No return to report: it was not played to its end.
     const absl::Status status = SendRows(player, EpisodeEnd::kTruncated);
     if (!status.ok()) LogWarning("episode cut short could not be sent: {}", status.ToString());
-    player.running = false;
   }
   RenewLeases();
   FlushBefore(deadline);
@@ -213,7 +212,7 @@ absl::StatusOr<bool> Actor::BeginEpisodes() {
   bool begun = false;
   for (Player& player : players_) {
     if (complete_ || Stopped()) break;
-    if (player.running) continue;
+    if (player.running || environments_->busy(player.index)) continue;
     const int running = Running();
     if (running > 0) {
       // Planned episodes of ALTERNATE run alone.
@@ -251,7 +250,7 @@ absl::StatusOr<bool> Actor::BeginEpisodes() {
 }
 
 absl::Status Actor::Begin(Player& player, const ReplayClient::Episode& episode) {
-  RETURN_IF_ERROR(Choose(player, episode.assignment.task));
+  ASSIGN_OR_RETURN(player.options, FindTask(episode.assignment.task));
   player.assignment = episode.assignment;
   player.begin = absl::Now();
   player.random.seed(DeriveSeed(episode.assignment.seed, "random_actions"));
@@ -264,12 +263,30 @@ absl::Status Actor::Begin(Player& player, const ReplayClient::Episode& episode) 
   player.actions.clear();
   player.first_row = 0;
   player.version = player.pinned = {};
-  absl::StatusOr<TimeStep> first = player.environment->Reset(episode.assignment.seed);
-  const absl::Status begun = first.ok() ? CheckStep(spec_, *first) : first.status();
-  if (!begun.ok()) return Fail(player, begun);
+  RETURN_IF_ERROR(environments_->Reset(player.index, *player.options, episode.assignment.seed));
   player.running = true;
-  player.rows.push_back(*std::move(first));
-  player.actions.emplace_back(spec_.action.size, 0.0f);
+  return absl::OkStatus();
+}
+
+absl::Status Actor::Collect() {
+  bool waits = false, can_act = false;
+  for (const Player& player : players_) {
+    if (!Waits(player)) continue;
+    waits = true;
+    can_act |= player.assignment.mode == EpisodeMode::kRandom || absl::Now() >= next_act_;
+  }
+  const absl::Duration patience = alternate_ ? absl::InfiniteDuration() : options_.patience;
+  absl::Time deadline = waits && !can_act ? next_act_ : absl::InfiniteFuture();
+  const bool idle = std::any_of(players_.begin(), players_.end(),
+                                [&](const Player& p) { return !p.running && !environments_->busy(p.index); });
+  // Those that nothing was begun in ask again meanwhile.
+  if (idle && !complete_ && !alternate_) deadline = std::min(deadline, absl::Now() + kBeginInterval);
+  for (VectorResult& result : environments_->Take(patience, /*at_least=*/can_act ? 0 : 1, deadline)) {
+    Player& player = players_[result.index];
+    if (!player.running) continue;  // Finish has ended the episode
+    if (!player.rows.empty()) metrics_->step_seconds.Observe(absl::ToDoubleSeconds(result.duration));
+    RETURN_IF_ERROR(Advance(player, std::move(result.step)));
+  }
   return absl::OkStatus();
 }
 
@@ -278,7 +295,7 @@ absl::StatusOr<std::vector<Actor::Decision>> Actor::Decide() {
   std::map<SnapshotVersion, std::vector<size_t>> planned;  // by the snapshot to plan with
   int planning = 0;
   for (size_t i = 0; i < players_.size(); ++i) {
-    if (!players_[i].running) continue;
+    if (!Waits(players_[i])) continue;
     if (players_[i].assignment.mode == EpisodeMode::kRandom) {
       decisions[i].action = RandomAction(spec_.action, players_[i].random);
     } else {
@@ -382,13 +399,21 @@ absl::StatusOr<bool> Actor::Act(const std::vector<Player*>& planned, planner::v1
   return true;
 }
 
-absl::Status Actor::Advance(Player& player, Decision decision) {
-  const absl::Time begin = absl::Now();
-  absl::StatusOr<TimeStep> stepped = player.environment->Step(decision.action);
-  const absl::Status status = stepped.ok() ? CheckStep(spec_, *stepped) : stepped.status();
-  if (!status.ok()) return Fail(player, status);
-  TimeStep next = *std::move(stepped);
-  metrics_->step_seconds.Observe(absl::ToDoubleSeconds(absl::Now() - begin));
+absl::Status Actor::Execute(Player& player, Decision decision) {
+  const absl::Status begun = environments_->Step(player.index, decision.action);
+  if (!begun.ok()) return Fail(player, begun);
+  player.decision = std::move(decision);
+  return absl::OkStatus();
+}
+
+absl::Status Actor::Advance(Player& player, absl::StatusOr<TimeStep> step) {
+  if (!step.ok()) return Fail(player, step.status());
+  TimeStep next = *std::move(step);
+  if (player.rows.empty()) {
+    player.rows.push_back(std::move(next));
+    player.actions.emplace_back(spec_.action.size, 0.0f);
+    return absl::OkStatus();
+  }
   metrics_->Steps(player.options->task).Increment(player.options->action_repeat);
   if (static_cast<int>(player.rows.size()) >= options_.experiment.replay().chunk_rows()) {
     RETURN_IF_ERROR(SendRows(player, EpisodeEnd::kContinues));
@@ -396,13 +421,13 @@ absl::Status Actor::Advance(Player& player, Decision decision) {
   }
   player.decisions += 1;
   player.episode_return += next.reward;
-  player.version = std::max(player.version, decision.version);
-  player.previous_action = decision.action;
+  player.version = std::max(player.version, player.decision.version);
+  player.previous_action = player.decision.action;
   const bool terminal = next.is_terminal;
   const bool failed = HasFailed(player, next.reward);
   const bool last = next.is_last || terminal || failed;
   player.rows.push_back(std::move(next));
-  player.actions.push_back(std::move(decision.action));
+  player.actions.push_back(std::move(player.decision.action));
   if (!last) return absl::OkStatus();
   RETURN_IF_ERROR(End(player, terminal ? EpisodeEnd::kTerminated : EpisodeEnd::kTruncated));
   // The next episode of ALTERNATE depends on this one: everything must be in the store before it is asked for.
@@ -454,11 +479,13 @@ absl::Status Actor::SendRows(Player& player, EpisodeEnd end) {
   player.actions.clear();
   player.first_row += rows;
   player.version = {};
+  absl::Status status = writer_->Append(chunk, absl::InfinitePast());
   // After Stop a full queue gets one more slice, then the rows are given up.
-  absl::Status status;
-  do {
-    status = writer_->Append(chunk, absl::Now() + kSlice);
-  } while (absl::IsDeadlineExceeded(status) && !Stopped());
+  for (bool full = absl::IsDeadlineExceeded(status); full; full = absl::IsDeadlineExceeded(status) && !Stopped()) {
+    const absl::Time begin = absl::Now();
+    status = writer_->Append(chunk, begin + kSlice);
+    metrics_->append_blocked.Increment(absl::ToDoubleSeconds(absl::Now() - begin));
+  }
   if (!status.ok()) Drop(player, status);
   return absl::OkStatus();
 }
@@ -496,11 +523,10 @@ absl::Status Actor::Fail(Player& player, const absl::Status& why) {
                                            player.assignment.episode_id, player.decisions);
   LogWarning("{}: {}", what, why.ToString());
   metrics_->Failures(player.options->task).Increment();
-  if (player.running) RETURN_IF_ERROR(SendRows(player, EpisodeEnd::kTruncated));
+  // One that failed at its start has no row; its lease runs out.
+  if (!player.rows.empty()) RETURN_IF_ERROR(SendRows(player, EpisodeEnd::kTruncated));
   player.running = false;
   RenewLeases();
-  player.environments.erase(player.options->task);
-  player.environment = nullptr;
   if (++failures_ < kMaxFailures) return absl::OkStatus();
   return Annotate(why, absl::StrFormat("%s, the %dth episode in a row", what, failures_));
 }

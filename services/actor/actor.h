@@ -21,6 +21,7 @@
 #include "libs/config/config.h"
 #include "libs/envs/environment.h"
 #include "libs/envs/tasks.h"
+#include "libs/envs/vector_environment.h"
 #include "libs/replay/store.h"
 #include "orrery/planner/v1/planner.grpc.pb.h"
 
@@ -57,14 +58,21 @@ struct ActorOptions {
   // Called on the thread of Run after every episode that was played to its end, once its last chunk was handed over. May be
   // empty.
   std::function<void(const EpisodeSummary&)> on_episode;
-  EnvironmentMaker make_environment = MakeEnvironment;
+  EnvironmentMaker make_environment = MakeEnvironment;  // called on several threads at once
+  // After which an environment that does not return counts as failed.
+  absl::Duration environment_timeout = absl::Seconds(60);
+  // Those environments whose observation has come wait so long, from the beginning of the others' steps, for the others: one
+  // question to the planner costs less than several. ALTERNATE waits for all, so that one seed gives one run.
+  absl::Duration patience = absl::Milliseconds(20);
 };
 
-// One actor with collection.environments environments. Run (or Step and Finish) on one thread; Stop from any, it is
-// noticed within a second. Replay or planner away: waits and goes on with the episode; an episode that replay does not
-// want any more is dropped. An environment that fails, or delivers what its specification does not allow, ends its episode as
-// truncated and is made anew for the next one; after kMaxFailures episodes in a row Run ends with its error. Errors that trying again cannot cure (an environment that does not fit the run, a request
-// refused as invalid) end Run with a status that names them.
+// One actor with collection.environments environments, which step at the same time (VectorEnvironment): one that takes long does
+// not hold up the others, and no episode depends on what else is played. Run (or Step and Finish) on one thread; Stop from any,
+// it is noticed within a second. Replay or planner away: waits and goes on with the episode; an episode that replay does not
+// want any more is dropped. An environment that fails, does not return, or delivers what its specification does not allow, ends
+// its episode as truncated and is made anew for the next one; after kMaxFailures episodes in a row Run ends with its error.
+// Errors that trying again cannot cure (an environment that does not fit the run, a request refused as invalid) end Run with a
+// status that names them.
 class Actor {
  public:
   // INVALID_ARGUMENT or NOT_FOUND when the task cannot be made.
@@ -73,7 +81,7 @@ class Actor {
 
   // Plays until the run is complete, Stop or an error, then Finish.
   absl::Status Run();
-  // Begins episodes where environments are idle and makes one decision in each running one. False: nothing more to do.
+  // Begins episodes where environments are idle and makes one decision in each that waits for one. False: nothing more to do.
   absl::StatusOr<bool> Step();
   // Sends what running episodes have, marked as truncated, and waits some seconds for the acknowledgements.
   void Finish();
@@ -82,12 +90,16 @@ class Actor {
   static constexpr int kMaxFailures = 5;
 
  private:
+  struct Decision {
+    std::vector<float> action;
+    SnapshotVersion version;  // that chose it
+  };
   // One environment and the episode in it.
   struct Player {
-    std::map<std::string, std::unique_ptr<Environment>> environments;  // by task, made when first played
-    Environment* environment = nullptr;                                // of them, and how it is played
-    const EnvironmentOptions* options = nullptr;
-    bool running = false;
+    int index = 0;                                // of its environment
+    const EnvironmentOptions* options = nullptr;  // its task
+    bool running = false;                         // an episode was begun
+    Decision decision;                            // that the environment executes
     EpisodeAssignment assignment;
     absl::Time begin;
     std::mt19937_64 random;    // RANDOM: actions
@@ -108,23 +120,24 @@ class Actor {
 
   bool Stopped() const;
   void Pause(absl::Duration duration);
-  // Makes the task's environment the player's.
-  absl::Status Choose(Player& player, const std::string& task);
+  absl::StatusOr<const EnvironmentOptions*> FindTask(const std::string& name) const;
+  // An observation is there, and no action yet.
+  bool Waits(const Player& player) const { return player.running && !environments_->busy(player.index); }
   // Tries to begin an episode in every idle player. False: the run is complete and nothing is running.
   absl::StatusOr<bool> BeginEpisodes();
   absl::Status Begin(Player& player, const ReplayClient::Episode& episode);
-  // One per player; no action where none runs or the planner does not answer now.
-  struct Decision {
-    std::vector<float> action;
-    SnapshotVersion version;  // that chose it
-  };
+  // Takes what the environments have delivered. Waits for one unless a player can be given an action now.
+  absl::Status Collect();
+  // One per player; no action where none waits for one or the planner does not answer now.
   absl::StatusOr<std::vector<Decision>> Decide();
   absl::Status ActOnce(const std::vector<Player*>& planned, planner::v1::ActResponse& response);
   // Asks for the players, who all have the same `pinned`, and takes their beliefs over. False: no answer now.
   absl::StatusOr<bool> DecideTogether(const std::vector<size_t>& players, std::vector<Decision>& decisions);
   // False: no answer now, try again later.
   absl::StatusOr<bool> Act(const std::vector<Player*>& planned, planner::v1::ActResponse& response);
-  absl::Status Advance(Player& player, Decision decision);
+  absl::Status Execute(Player& player, Decision decision);
+  // With what Reset or Step delivered.
+  absl::Status Advance(Player& player, absl::StatusOr<TimeStep> step);
   // Whether collection.early_end cuts the episode with this row's reward.
   bool HasFailed(Player& player, double reward) const;
   // Encodes and queues the rows; drops the episode when replay refuses it.
@@ -141,6 +154,7 @@ class Actor {
   const ActorOptions options_;
   const bool alternate_;
   std::vector<EnvironmentOptions> tasks_;
+  std::unique_ptr<VectorEnvironment> environments_;
   EnvironmentSpec spec_;
   uint64_t specification_hash_ = 0;
   const std::unique_ptr<planner::v1::PlannerService::Stub> planner_;

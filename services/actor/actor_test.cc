@@ -3,9 +3,12 @@
 #include <grpcpp/server_builder.h>
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <cmath>
 #include <deque>
 #include <functional>
+#include <map>
+#include <memory>
 #include <thread>
 
 #include "absl/synchronization/notification.h"
@@ -204,11 +207,17 @@ class ActorTest : public testing::Test {
     options.replay = server_->InProcessChannel({});
     options.planner = server_->InProcessChannel({});
     options.registry = registry_;
-    options.on_episode = [this](const EpisodeSummary& summary) { summaries_.push_back(summary); };
+    options.on_episode = [this](const EpisodeSummary& summary) {
+      summaries_.push_back(summary);
+      if (on_episode_) on_episode_();
+    };
     options.make_environment = [this](const EnvironmentOptions& made) -> absl::StatusOr<std::unique_ptr<Environment>> {
+      absl::MutexLock lock(&mu_);
       made_.push_back(absl::StrCat(made.task, " ", made.action_size));
       return std::make_unique<CountingEnvironment>(steps_, terminal_, spoil_);
     };
+    options.environment_timeout = environment_timeout_;
+    options.patience = patience_;
     auto actor = Actor::Create(std::move(options));
     EXPECT_OK(actor);
     return std::move(*actor);
@@ -244,7 +253,11 @@ class ActorTest : public testing::Test {
   FakePlanner planner_;
   std::unique_ptr<grpc::Server> server_;
   std::shared_ptr<prometheus::Registry> registry_ = std::make_shared<prometheus::Registry>();
+  absl::Duration environment_timeout_ = absl::Seconds(60);
+  absl::Duration patience_ = absl::InfiniteDuration();  // environments are waited for, so that requests can be counted
+  std::function<void()> on_episode_;
   std::vector<EpisodeSummary> summaries_;
+  absl::Mutex mu_;                 // environments are made on several threads
   std::vector<std::string> made_;  // environments: task and padded size
 };
 
@@ -388,6 +401,66 @@ TEST_F(ActorTest, AsksOnceForAllEnvironments) {
     EXPECT_NE(request.slots(0).seed(), request.slots(1).seed());
   }
   for (int64_t id : {1, 2, 3}) EXPECT_EQ(Rows(id).at(kReward).size(), 10);
+}
+
+// Whatever the number of environments, whoever is ready first.
+TEST_F(ActorTest, AnEpisodeDoesNotDependOnTheOthers) {
+  experiment_.mutable_learning()->set_schedule(config::v1::Learning::CONCURRENT);
+  patience_ = absl::ZeroDuration();
+  int64_t first_id = 0;
+  for (const int environments : {1, 2, 5}) {
+    experiment_.mutable_collection()->set_environments(environments);
+    std::deque<FakeReplay::Assigned> script;
+    for (int64_t i = 1; i <= 8; ++i) {
+      script.push_back({first_id + i, i % 3 == 0 ? replay::v1::TRAIN : replay::v1::RANDOM, static_cast<uint64_t>(i)});
+    }
+    replay_.Assign(script);
+    ASSERT_OK(MakeActor()->Run());
+    for (int64_t i = 1; i <= 8; ++i) {
+      EXPECT_EQ(Rows(first_id + i), Rows(i)) << environments << " environments, episode " << i;
+      EXPECT_EQ(Rows(first_id + i).at(kReward).size(), 10);
+    }
+    first_id += 100;
+  }
+  EXPECT_FALSE(Rows(1).at(kAction) == Rows(2).at(kAction));
+}
+
+TEST_F(ActorTest, AnEnvironmentThatTakesLongDoesNotHoldUpTheOthers) {
+  experiment_.mutable_learning()->set_schedule(config::v1::Learning::CONCURRENT);
+  experiment_.mutable_collection()->set_environments(3);
+  patience_ = absl::ZeroDuration();
+  std::atomic<bool> first = true;
+  absl::Notification others_played;
+  spoil_ = [&](int step, TimeStep&) {
+    if (step == 3 && first.exchange(false)) others_played.WaitForNotification();
+    return absl::OkStatus();
+  };
+  on_episode_ = [&] {
+    if (summaries_.size() == 5) others_played.Notify();
+  };
+  std::deque<FakeReplay::Assigned> script;
+  for (int64_t i = 1; i <= 6; ++i) script.push_back({i, replay::v1::TRAIN, static_cast<uint64_t>(i)});
+  replay_.Assign(script);
+  ASSERT_OK(MakeActor()->Run());
+  EXPECT_EQ(summaries_.size(), 6u);
+  for (int64_t id = 1; id <= 6; ++id) EXPECT_EQ(Rows(id).at(kReward).size(), 10);
+}
+
+TEST_F(ActorTest, GivesUpEnvironmentsThatDoNotReturn) {
+  environment_timeout_ = absl::Milliseconds(50);
+  const auto released = std::make_shared<absl::Notification>();
+  spoil_ = [released](int step, TimeStep&) {
+    if (step == 3) released->WaitForNotification();
+    return absl::OkStatus();
+  };
+  std::deque<FakeReplay::Assigned> script;
+  for (int i = 1; i <= Actor::kMaxFailures; ++i) script.push_back({i, replay::v1::RANDOM, 1});
+  replay_.Assign(script);
+  EXPECT_THAT(MakeActor()->Run(), StatusIs(absl::StatusCode::kDeadlineExceeded,
+                                           testing::AllOf(testing::HasSubstr("'counting' failed in episode 5"),
+                                                          testing::HasSubstr("did not return within 50ms"))));
+  for (const replay::v1::Chunk& chunk : replay_.chunks()) EXPECT_EQ(chunk.end(), replay::v1::TRUNCATED);
+  released->Notify();
 }
 
 TEST_F(ActorTest, PlaysAnEvaluationWithOneSnapshot) {

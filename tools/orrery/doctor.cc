@@ -20,6 +20,7 @@
 #include "libs/base/file.h"
 #include "libs/base/status.h"
 #include "libs/envs/environment.h"
+#include "libs/envs/gl_context.h"
 #include "libs/envs/mujoco_version.h"
 #include "tools/orrery/command.h"
 
@@ -73,7 +74,7 @@ bool CheckTask(const std::string& what, const std::string& version, const std::s
     for (uint8_t pixel : pixels) {
       if (pixel != pixels[0]) return absl::OkStatus();
     }
-    return absl::InternalError("the picture is of one colour: off-screen OpenGL (OSMesa) does not draw");
+    return absl::InternalError(absl::StrCat("the picture is of one colour, drawn by ", GlContext::Description()));
   };
   const absl::Status status = CatchExceptions(task, play);
   Report(status.ok(), what,
@@ -115,6 +116,7 @@ absl::Status Run(const Flags& flags) {
   ReportProcessors();
   ok &= CheckTask("Built in", "", "point_pixels");
   ok &= CheckTask("MuJoCo", MujocoVersion() + ", ", "cartpole_balance");
+  Report(true, "OpenGL", GlContext::Description());
   if (!flags.redis.empty()) {
     const absl::Status redis = PingRedis(flags.redis);
     Report(redis.ok(), "Redis", redis.ok() ? absl::StrCat("answers at ", flags.redis) : std::string(redis.message()));
