@@ -133,6 +133,27 @@ TEST(PlannerProgram, ServesSeveralModelsFromFiles) {
     absl::SleepFor(absl::Milliseconds(20));
   }
   EXPECT_EQ(MetricValue(HttpGet(metrics, "/metrics"), "orrery_planner_snapshot_version{model=\"first\"}"), 1);
+
+  const std::string flag = absl::StrCat(" --planner=127.0.0.1:", port);
+  const auto answered = [metrics](const std::string& model) {
+    return MetricValue(HttpGet(metrics, "/metrics"),
+                       absl::StrCat("orrery_planner_requests_total{code=\"OK\",model=\"", model, "\"}"));
+  };
+  const auto load = Lines(Orrery("bench load --model=second --actors=2 --seconds=0.2 --warm_up=0 --json" + flag));
+  ASSERT_THAT(load, SizeIs(1));
+  EXPECT_GT(load[0]["served_per_second"], 0);
+  const double loaded = answered("second");
+  EXPECT_GT(loaded, 0);
+  EXPECT_EQ(answered("first"), 0);
+  EXPECT_THAT(Orrery("bench load --seconds=0.2 --warm_up=0" + flag).output,
+              HasSubstr("several are served: expected one of \"first\", \"second\""));
+  const auto evaluated = Lines(Orrery("eval --env=point_pixels --model=first --json" + flag));
+  ASSERT_THAT(evaluated, SizeIs(1));
+  EXPECT_EQ(evaluated[0]["model"], "first");
+  EXPECT_EQ(evaluated[0]["snapshot"], Version(1));
+  EXPECT_EQ(answered("first"), evaluated[0]["rows"][0].get<int>() - 1) << "one answer a decision";
+  EXPECT_EQ(answered("second"), loaded);
+  EXPECT_THAT(Orrery("eval --env=point_pixels --model=third" + flag).output, HasSubstr("model \"third\" is not served here"));
   planner.Signal(SIGTERM);
   EXPECT_EQ(planner.Wait(absl::Seconds(60)), 0) << planner.Log();
 }

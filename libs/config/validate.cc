@@ -381,7 +381,7 @@ absl::Status Validate(const config::v1::Experiment& experiment) {
   RETURN_IF_ERROR(CheckPlanner(experiment.planner(), "planner."));
   RETURN_IF_ERROR(CheckLearning(experiment.learning()));
   const auto& service = experiment.planner_service();
-  if (service.max_queue() >= service.max_batch()) return absl::OkStatus();
+  if (!service.has_max_queue() || service.max_queue() >= service.max_batch()) return absl::OkStatus();
   return Refused("planner_service.max_queue", absl::StrCat(service.max_queue(), " is out of range, expected at least ",
                                                            "max_batch, ", service.max_batch()));
 }

@@ -48,8 +48,9 @@ class BatchRequest {
 // slots than max_batch runs alone. Urgent requests go first, else first come, first served; in a full queue an urgent one takes
 // the places of the last that are not.
 //
-// With max_queue equal to max_batch, what waits fits into the next batch: an answer then takes at most max_delay and the
-// computing of two batches, whatever the load.
+// With max_queue equal to max_batch, the default of the service, what waits fits into the next batch: an answer then takes at
+// most max_delay and the computing of two batches, whatever the load. A longer queue only makes the wait longer: the engine has
+// a full batch either way.
 //
 // Thread-safe; Step is called by one thread.
 class Batcher {
@@ -58,7 +59,7 @@ class Batcher {
   struct Options {
     int64_t max_batch = 16;  // slots
     absl::Duration max_delay = absl::Milliseconds(5);
-    int64_t max_queue = 1024;                        // slots that may wait
+    int64_t max_queue = 16;                          // slots that may wait
     std::shared_ptr<prometheus::Registry> registry;  // required
     Clock* clock = &Clock::Real();                   // must outlive this
   };

@@ -246,52 +246,86 @@ TEST_F(BatcherTest, AnUrgentRequestTakesThePlacesOfTheLastUsualOnes) {
   EXPECT_THAT(batches_, ElementsAre(ElementsAre("evaluation", "a")));
 }
 
-TEST_F(BatcherTest, ShortQueuesBoundTheLatencyAtTwiceTheCapacity) {
-  constexpr int kBatch = 4, kBatches = 100;
-  constexpr absl::Duration kCompute = absl::Milliseconds(10), kDelay = absl::Milliseconds(3);
-  Batcher::Options options;
-  options.max_batch = options.max_queue = kBatch;
-  options.max_delay = kDelay;
-  options.registry = registry_;
-  options.clock = &clock_;
-  std::map<std::string, absl::Time> sent;
-  std::vector<absl::Duration> served;
-  std::unique_ptr<Batcher> batcher;
-  // Sends requests of ever new clients, as many as twice the capacity, while the time passes.
-  const auto arrive = [&](absl::Duration duration) {
-    const int count = static_cast<int>(duration / (kCompute / (2 * kBatch)));
-    for (int i = 0; i < count; ++i) {
-      clock_.Advance(duration / count);
-      const std::string name = absl::StrCat("client", sent.size());
-      sent[name] = clock_.Now();
-      auto request = std::make_unique<FakeRequest>(name, fates_.emplace_back(std::make_unique<Fate>()).get());
-      request->client_id = name;
-      batcher->Enqueue(std::move(request));
-    }
-  };
-  batcher = std::make_unique<Batcher>(options, [&](Batcher::Batch batch) {
-    arrive(kCompute);
-    for (const auto& request : batch) {
-      served.push_back(clock_.Now() - sent.at(static_cast<const FakeRequest&>(*request).name()));
-    }
-  });
-  for (int i = 0; i < kBatches;) {
-    if (batcher->TryStep()) {
-      ++i;
-    } else {
-      arrive(kCompute / (2 * kBatch));
+// Clients that come at even intervals, each once, also while the engine computes; every seventh is urgent.
+class BatcherUnderLoadTest : public BatcherTest {
+ protected:
+  static constexpr int kBatch = 4, kBatches = 100;
+  static constexpr absl::Duration kTick = absl::Microseconds(125);  // a part of all that takes time here
+  static constexpr absl::Duration kCompute = absl::Milliseconds(10), kDelay = absl::Milliseconds(3);
+
+  // `load`: slots that come, in parts of what the engine can compute; requests of 1 to `most_slots`.
+  void Play(double load, int64_t most_slots) {
+    served_.clear();
+    sent_.clear();
+    fates_.clear();
+    interval_ = kCompute / (load * kBatch) * (static_cast<double>(1 + most_slots) / 2);
+    most_slots_ = most_slots;
+    next_ = clock_.Now();
+    Batcher::Options options;
+    options.max_batch = options.max_queue = kBatch;
+    options.max_delay = kDelay;
+    options.registry = std::make_shared<prometheus::Registry>();
+    options.clock = &clock_;
+    batcher_ = std::make_unique<Batcher>(options, [this](Batcher::Batch batch) {
+      Pass(kCompute);
+      for (const auto& request : batch) {
+        served_.push_back(clock_.Now() - sent_.at(static_cast<const FakeRequest&>(*request).name()));
+      }
+    });
+    for (int i = 0; i < kBatches;) {
+      if (batcher_->TryStep()) {
+        ++i;
+      } else {
+        Pass(kTick);
+      }
     }
   }
-  EXPECT_EQ(served.size(), 1u + kBatch * (kBatches - 1)) << "all but the first batch are full";
-  EXPECT_LE(*std::max_element(served.begin(), served.end()), kDelay + 2 * kCompute);
-  size_t refused = 0;
-  for (const auto& fate : fates_) {
-    if (!fate->failed.has_value()) continue;
-    EXPECT_THAT(*fate->failed, StatusIs(absl::StatusCode::kResourceExhausted));
-    ++refused;
+  // How many were refused; nothing else may have gone wrong.
+  size_t Refused() const {
+    size_t refused = 0;
+    for (const auto& fate : fates_) {
+      if (!fate->failed.has_value()) continue;
+      EXPECT_THAT(*fate->failed, StatusIs(absl::StatusCode::kResourceExhausted));
+      ++refused;
+    }
+    return refused;
   }
-  EXPECT_GE(sent.size(), 2u * kBatch * kBatches);
-  EXPECT_LE(sent.size() - served.size() - refused, static_cast<size_t>(kBatch)) << "what still waits";
+
+  std::map<std::string, absl::Time> sent_;
+  std::vector<absl::Duration> served_;  // what each answer took
+
+ private:
+  void Pass(absl::Duration duration) {
+    for (const absl::Time end = clock_.Now() + duration; clock_.Now() < end; clock_.Advance(kTick)) {
+      for (; next_ <= clock_.Now(); next_ += interval_) {
+        const size_t n = sent_.size();
+        const std::string name = absl::StrCat("client", n);
+        sent_[name] = clock_.Now();
+        Send(name, 1 + static_cast<int64_t>(n) % most_slots_, /*urgent=*/n % 7 == 6);
+      }
+    }
+  }
+
+  absl::Duration interval_;
+  int64_t most_slots_ = 1;
+  absl::Time next_;
+};
+
+TEST_F(BatcherUnderLoadTest, ShortQueuesBoundTheLatencyWhateverTheLoad) {
+  for (const double load : {0.5, 1.0, 2.0, 20.0}) {
+    for (const int64_t most_slots : {1, 3}) {
+      Play(load, most_slots);
+      const std::string what = absl::StrCat("load ", load, ", up to ", most_slots, " slots");
+      EXPECT_LE(*std::max_element(served_.begin(), served_.end()), kDelay + 2 * kCompute) << what;
+      EXPECT_LE(sent_.size() - served_.size() - Refused(), static_cast<size_t>(kBatch)) << what << ": these still wait";
+      if (most_slots > 1) continue;
+      if (load < 1) {
+        EXPECT_EQ(Refused(), 0u);
+      } else if (load > 1) {
+        EXPECT_EQ(served_.size(), 1u + kBatch * (kBatches - 1)) << what << ": all but the first batch are full";
+      }
+    }
+  }
 }
 
 TEST_F(BatcherTest, MakesRoomByDroppingTheDead) {

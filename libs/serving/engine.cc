@@ -304,7 +304,8 @@ InferenceEngine::InferenceEngine(torch::Device device, std::shared_ptr<prometheu
     : device_(device),
       registry_(std::move(registry)),
       compute_seconds_(
-          AddHistogram(*registry_, "planner_compute_seconds", "Time to compute a batch.", SecondsBuckets(), labels)),
+          AddHistogram(*registry_, "planner_compute_seconds",
+                       "Time to compute what is computed together: a batch, on a CPU one request.", SecondsBuckets(), labels)),
       belief_lag_(AddHistogram(*registry_, "planner_belief_lag",
                                "Updates between the snapshot that made a belief and the one that goes on from it.",
                                {0, 1, 10, 100, 1000, 10000}, labels)),
@@ -347,19 +348,36 @@ absl::StatusOr<Outputs> InferenceEngine::Compute(const ServedModel& served, absl
   return outputs;
 }
 
-absl::Status InferenceEngine::WarmUp(const ServedModel& served) const {
-  SlotInput slot;
+InferenceEngine::WarmUps InferenceEngine::WarmUpsOn(torch::Device device, int64_t max_batch) {
+  if (!device.is_cuda()) return {.sizes = {1}, .runs = 1};
+  WarmUps warm_ups{.sizes = {1}, .runs = CapturedStep::kWarmUps + 1};
+  while (warm_ups.sizes.back() < max_batch) warm_ups.sizes.push_back(2 * warm_ups.sizes.back());
+  return warm_ups;
+}
+
+absl::Status InferenceEngine::WarmUp(const ServedModel& served, const WarmUps& warm_ups) const {
+  std::vector<SlotInput> kinds(1);
   for (const config::v1::Modality& modality : served.model->config().modalities()) {
     const Array shape = ExpectedShape(modality);
-    slot.observations[modality.name()] = Array::Zeros(shape.dtype, shape.shape);
+    kinds[0].observations[modality.name()] = Array::Zeros(shape.dtype, shape.shape);
   }
-  const SlotInput* const slots[] = {&slot};
-  const int runs = device_.is_cuda() ? CapturedStep::kWarmUps + 1 : 1;
-  for (int i = 0; i < runs; ++i) {
-    ASSIGN_OR_RETURN(const Outputs outputs, Run(served, slots));
-    RETURN_IF_ERROR(outputs.front().status());
+  if (IsDiscrete(served.model->config())) {
+    kinds.push_back(kinds[0]);
+    kinds[1].valid_actions.assign(static_cast<size_t>(served.model->action_size()), 1);
   }
-  return absl::OkStatus();
+  return CatchExceptions("inference", [&]() -> absl::Status {
+    c10::InferenceMode inference;
+    for (const SlotInput& slot : kinds) {
+      for (const int64_t size : warm_ups.sizes) {
+        const std::vector<const SlotInput*> slots(static_cast<size_t>(size), &slot);
+        for (int run = 0; run < warm_ups.runs; ++run) {
+          ASSIGN_OR_RETURN(const Outputs outputs, Compute(served, slots));
+          for (const auto& output : outputs) RETURN_IF_ERROR(output.status());
+        }
+      }
+    }
+    return absl::OkStatus();
+  });
 }
 
 absl::StatusOr<torch::Device> ParseDevice(const std::string& name) {

@@ -51,8 +51,16 @@ class InferenceEngine {
   // own. INTERNAL: nothing could be computed.
   absl::StatusOr<std::vector<absl::StatusOr<SlotOutput>>> Run(const ServedModel& served,
                                                               absl::Span<const SlotInput* const> slots) const;
-  // Computes one slot of zeros: on CUDA so often that the plan has been recorded.
-  absl::Status WarmUp(const ServedModel& served) const;
+  // What is computed before a snapshot is served, so that no request waits for it.
+  struct WarmUps {
+    std::vector<int64_t> sizes;  // of batches, in slots
+    int runs = 1;                // of each
+  };
+  // For batches of up to `max_batch` slots (at least 1): on the CPU one slot once, on CUDA every size that plans are filled up
+  // to, so often that each has been recorded.
+  static WarmUps WarmUpsOn(torch::Device device, int64_t max_batch);
+  // Computes batches of zeros; where the action is discrete also with valid actions, whose plans are recorded apart.
+  absl::Status WarmUp(const ServedModel& served, const WarmUps& warm_ups) const;
 
  private:
   // Computes all together.

@@ -5,8 +5,13 @@
 
 #include <algorithm>
 #include <limits>
+#include <memory>
 #include <set>
+#include <string>
+#include <utility>
+#include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "libs/base/status_matchers.h"
 #include "libs/serving/snapshot_holder.h"
 #include "libs/serving/testing.h"
@@ -213,7 +218,53 @@ TEST_F(EngineTest, NewerWeightsOfTheSameStructureTakeAnOldBelief) {
 
 TEST_F(EngineTest, WarmsUp) {
   Serve(TinySnapshot(1));
-  EXPECT_OK(engine_.WarmUp(*served_));
+  EXPECT_OK(engine_.WarmUp(*served_, InferenceEngine::WarmUpsOn(torch::kCPU, 16)));
+}
+
+TEST_F(EngineTest, EverySizeThatIsRecordedIsWarmedUpSoOften) {
+  const auto sizes = [](int64_t max_batch) { return InferenceEngine::WarmUpsOn({torch::kCUDA, 0}, max_batch).sizes; };
+  EXPECT_THAT(sizes(1), ElementsAre(1));
+  EXPECT_THAT(sizes(2), ElementsAre(1, 2));
+  EXPECT_THAT(sizes(5), ElementsAre(1, 2, 4, 8));
+  EXPECT_THAT(sizes(16), ElementsAre(1, 2, 4, 8, 16));
+  EXPECT_EQ(InferenceEngine::WarmUpsOn({torch::kCUDA, 0}, 16).runs, 3) << "two ordinary runs and the one that records";
+  EXPECT_THAT(InferenceEngine::WarmUpsOn(torch::kCPU, 16).sizes, ElementsAre(1));
+  EXPECT_EQ(InferenceEngine::WarmUpsOn(torch::kCPU, 16).runs, 1);
+}
+
+// Writes down what it plans for.
+class CountingPlanner : public Planner {
+ public:
+  CountingPlanner(std::unique_ptr<Planner> planner, std::vector<std::string>* planned)
+      : planner_(std::move(planner)), planned_(planned) {}
+  absl::StatusOr<PlanResult> Plan(const WorldModel& model, const PlanRequest& request) const override {
+    planned_->push_back(absl::StrCat(request.seeds.size(), request.valid_actions.defined() ? " of valid actions" : ""));
+    return planner_->Plan(model, request);
+  }
+
+ private:
+  const std::unique_ptr<Planner> planner_;
+  std::vector<std::string>* const planned_;
+};
+
+TEST_F(EngineTest, WarmsUpWholeBatchesOfEachSizeAndKind) {
+  const auto planned = [this](const config::v1::Model& model) {
+    Serve(TinySnapshot(served_ == nullptr ? 1 : 2, 1, model));
+    std::vector<std::string> calls;
+    ServedModel counted;
+    counted.name = served_->name;
+    counted.version = served_->version;
+    counted.info = served_->info;
+    counted.model = served_->model;
+    counted.structure_hash = served_->structure_hash;
+    counted.planner = std::make_unique<CountingPlanner>(MakePlanner(TinyPlanner(), model).value(), &calls);
+    EXPECT_OK(engine_.WarmUp(counted, {.sizes = {1, 4}, .runs = 2}));
+    return calls;
+  };
+  EXPECT_THAT(planned(TinyModel()), ElementsAre("1", "1", "4", "4"));
+  EXPECT_THAT(planned(TinyDiscreteModel()),
+              ElementsAre("1", "1", "4", "4", "1 of valid actions", "1 of valid actions", "4 of valid actions",
+                          "4 of valid actions"));
 }
 
 TEST_F(EngineTest, TakesNoValidActionsForAContinuousAction) {

@@ -285,7 +285,8 @@ TEST_F(GpuTest, EngineAnswersOnTheGpu) {
   SnapshotHolder::Options options;
   options.device = device_;
   options.registry = registry;
-  options.warm_up = [&](const ServedModel& served) { return engine.WarmUp(served); };
+  options.warm_up = [&](const ServedModel& served) { return engine.WarmUp(served, InferenceEngine::WarmUpsOn(device_, 4)); };
+  options.warm_up_each = true;
   SnapshotHolder holder(options);
   ASSERT_OK(holder.Load(TinySnapshot(1)));
   const auto served = holder.Get();

@@ -54,7 +54,8 @@ absl::Status SnapshotHolder::Load(absl::string_view file, std::optional<Snapshot
         absl::StrCat("snapshot ", Text((*built)->version), " is not newer than ", Text(old->version), ", the newest here"));
   }
   absl::Status status = built.status();
-  if (status.ok() && options_.warm_up && (old == nullptr || old->structure_hash != (*built)->structure_hash)) {
+  const bool same_structure = status.ok() && old != nullptr && old->structure_hash == (*built)->structure_hash;
+  if (status.ok() && options_.warm_up && (options_.warm_up_each || !same_structure)) {
     status = Annotate(options_.warm_up(**built), "warming up");
   }
   if (!status.ok()) {

@@ -38,6 +38,7 @@ class SnapshotHolder {
     Clock* clock = &Clock::Real();                   // must outlive this
     // Tries a model of a structure that was not served before; an error refuses the snapshot. Empty: no trial.
     std::function<absl::Status(const ServedModel&)> warm_up;
+    bool warm_up_each = false;  // also those of the structure served before
     // Called after every snapshot that was loaded, on the thread that called Load. Empty: nobody cares.
     std::function<void(const ServedModel&)> on_swap;
   };

@@ -69,6 +69,24 @@ TEST_F(SnapshotHolderTest, SwapsNewerSnapshotsInAndKeepsTheOldOneForItsUsers) {
   EXPECT_EQ(warm_ups_, 1) << "the same structure needs no second trial";
 }
 
+TEST_F(SnapshotHolderTest, WarmsUpEachSnapshotBeforeItIsServedWhereAsked) {
+  options_.warm_up_each = true;
+  SnapshotHolder* warming = nullptr;
+  std::vector<int64_t> warmed;
+  options_.warm_up = [&](const ServedModel& served) {
+    warmed.push_back(served.version.counter);
+    EXPECT_LT(warming->version().counter, served.version.counter) << "the one before is served meanwhile";
+    return warm_up_status_;
+  };
+  SnapshotHolder holder(options_);
+  warming = &holder;
+  for (int64_t counter : {1, 2, 3}) ASSERT_OK(holder.Load(TinySnapshot(counter)));
+  EXPECT_THAT(warmed, ElementsAre(1, 2, 3));
+  warm_up_status_ = absl::InternalError("no memory");
+  EXPECT_THAT(holder.Load(TinySnapshot(4)), StatusIs(absl::StatusCode::kInternal, HasSubstr("warming up: no memory")));
+  EXPECT_EQ(holder.version().counter, 3);
+}
+
 TEST_F(SnapshotHolderTest, KeepsTheOneBeforeAndThoseAskedForLately) {
   SnapshotHolder holder(options_);
   EXPECT_EQ(holder.Get(SnapshotVersion{1, 1}), nullptr);

@@ -57,11 +57,12 @@ class ActMetrics {
 
 // One of the models that are served.
 struct Model {
-  Model(std::string given, SnapshotHolder::Options options)
+  Model(std::string given, SnapshotHolder::Options options, int64_t max_batch)
       : name(std::move(given)),
         metrics(*options.registry, options.labels.at("model")),
+        together(!options.device.is_cpu()),
         engine(options.device, options.registry, options.labels),
-        holder(WithWarmUp(std::move(options))) {}
+        holder(WithWarmUp(std::move(options), max_batch)) {}
 
   absl::StatusOr<std::shared_ptr<const ServedModel>> Served() const {
     std::shared_ptr<const ServedModel> served = holder.Get();
@@ -71,13 +72,17 @@ struct Model {
 
   const std::string name;  // that requests give; empty: what its snapshots say
   ActMetrics metrics;
+  const bool together;  // whether it pays to compute requests together
   const InferenceEngine engine;
   SnapshotHolder holder;
 
  private:
-  SnapshotHolder::Options WithWarmUp(SnapshotHolder::Options options) const {
+  SnapshotHolder::Options WithWarmUp(SnapshotHolder::Options options, int64_t max_batch) const {
     options.name = name;
-    options.warm_up = [this](const ServedModel& served) { return engine.WarmUp(served); };
+    options.warm_up = [this, warm_ups = InferenceEngine::WarmUpsOn(options.device, max_batch)](const ServedModel& served) {
+      return engine.WarmUp(served, warm_ups);
+    };
+    options.warm_up_each = options.device.is_cuda();  // where plans are recorded for one snapshot at a time
     return options;
   }
 };
@@ -130,6 +135,11 @@ class ActCall final : public BatchRequest {
   const absl::Time began_;
   bool finished_ = false;
 };
+
+// Slots that may wait: as many as the next batch takes, unless the configuration says more.
+int64_t MaxQueue(const config::v1::PlannerService& service) {
+  return service.has_max_queue() ? service.max_queue() : service.max_batch();
+}
 
 std::string SlotName(size_t i) { return absl::StrCat("slots[", i, "]"); }
 
@@ -248,7 +258,7 @@ class PlannerServerImpl final : public PlannerServer, public planner::v1::Planne
     std::vector<std::unique_ptr<Model>> models;
     for (const std::string& name : options.models.empty() ? std::vector<std::string>{""} : options.models) {
       holder.labels = {{"model", name.empty() ? options.run : name}};
-      models.push_back(std::make_unique<Model>(name, holder));
+      models.push_back(std::make_unique<Model>(name, holder, options.service.max_batch()));
     }
     return models;
   }
@@ -256,7 +266,7 @@ class PlannerServerImpl final : public PlannerServer, public planner::v1::Planne
     Batcher::Options batcher;
     batcher.max_batch = options.service.max_batch();
     batcher.max_delay = absl::Microseconds(options.service.max_delay_micros());
-    batcher.max_queue = options.service.max_queue();
+    batcher.max_queue = MaxQueue(options.service);
     batcher.registry = options.registry;
     batcher.clock = options.clock;
     return batcher;
@@ -375,10 +385,16 @@ class PlannerServerImpl final : public PlannerServer, public planner::v1::Planne
         groups.push_back({call.checked_with, {&call}});
       }
     }
-    for (const auto& [served, calls] : groups) RunCalls(*served, calls);
+    for (const auto& [served, calls] : groups) {
+      // Slots that are computed one by one anyway are answered one by one, too: nobody waits for those behind.
+      const size_t together = calls[0]->model->together ? calls.size() : 1;
+      for (size_t first = 0; first < calls.size(); first += together) {
+        RunCalls(*served, absl::MakeConstSpan(calls).subspan(first, together));
+      }
+    }
   }
 
-  // All of one model.
+  // All of one snapshot.
   static void RunCalls(const ServedModel& served, absl::Span<ActCall* const> calls) {
     std::vector<const SlotInput*> slots;
     for (const ActCall* call : calls) {
@@ -456,7 +472,7 @@ absl::StatusOr<std::unique_ptr<PlannerServer>> PlannerServer::Create(Options opt
   const config::v1::PlannerService& service = options.service;
   RETURN_IF_ERROR(CheckInRange("max_batch", service.max_batch(), 1, 1024));
   RETURN_IF_ERROR(CheckInRange("max_delay_micros", service.max_delay_micros(), 0, 1000000));
-  RETURN_IF_ERROR(CheckInRange("max_queue", service.max_queue(), service.max_batch(), INT32_MAX));
+  RETURN_IF_ERROR(CheckInRange("max_queue", MaxQueue(service), service.max_batch(), INT32_MAX));
   RETURN_IF_ERROR(CheckNames(options.models));
   if (options.planner.has_value()) RETURN_IF_ERROR(Annotate(Validate(*options.planner), "planner"));
   ASSIGN_OR_RETURN(const torch::Device device, ParseDevice(options.device));

@@ -511,6 +511,18 @@ TEST_F(PlannerServiceTest, AModelWithoutASnapshotHoldsUpNoOther) {
   EXPECT_FALSE(State("not yet").has_newest_version());
 }
 
+// On a CPU requests that wait together are computed, and answered, one after another.
+TEST_F(PlannerServiceTest, NobodyWaitsForTheRestOfTheBatchOnACpu) {
+  options_.service.set_max_delay_micros(500000);
+  Start();
+  for (const char* client : {"a", "b"}) ASSERT_OK(Act(Request(client, 1)));
+  const auto count = [this](const std::string& name) { return Metric(name).histogram.sample_count; };
+  const uint64_t batches = count("orrery_planner_batch_size"), computed = count("orrery_planner_compute_seconds");
+  ActTogether({Request("a", 2), Request("b", 2)});
+  EXPECT_EQ(count("orrery_planner_batch_size"), batches + 1);
+  EXPECT_EQ(count("orrery_planner_compute_seconds"), computed + 2);
+}
+
 // Requests for two models in one batch: each gets the answer it gets alone.
 TEST_F(PlannerServiceTest, ModelsShareABatch) {
   options_.service.set_max_delay_micros(500000);
@@ -560,8 +572,7 @@ TEST_F(PlannerServiceTest, ComputesNothingForACallerThatHasGone) {
 
 TEST_F(PlannerServiceTest, RefusesWhatDoesNotFitIntoTheQueueUnlessItIsAnEvaluation) {
   options_.clock = &clock_;
-  options_.service.set_max_batch(2);
-  options_.service.set_max_queue(2);
+  options_.service.set_max_batch(2);  // as many slots may wait unless max_queue says more
   Start();
   ASSERT_OK(Act(Request("absent", 1)));
   std::thread displaced([this] {

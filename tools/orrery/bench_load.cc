@@ -36,6 +36,7 @@ namespace {
 
 struct Flags : BenchFlags {
   std::string planner;
+  std::string model;  // empty: the only one the planner serves
   std::string replay;
   int actors = 100;
   int connections = 64;
@@ -67,10 +68,12 @@ class SimulatedActor {
 // An agent at a planner: random observations, the belief and the action of the last answer.
 class PlannerActor : public SimulatedActor {
  public:
-  PlannerActor(const std::shared_ptr<grpc::Channel>& channel, grpc::CompletionQueue* queue, const config::v1::Model& model,
-               int number)
+  // `name` of the model for requests; empty: the only one.
+  PlannerActor(const std::shared_ptr<grpc::Channel>& channel, grpc::CompletionQueue* queue, const std::string& name,
+               const config::v1::Model& model, int number)
       : stub_(planner::v1::PlannerService::NewStub(channel)), queue_(queue) {
     std::mt19937_64 random(static_cast<uint64_t>(number));
+    request_.set_model(name);
     request_.set_client_id(absl::StrCat("load-", getpid(), "-", number));
     planner::v1::Slot& slot = *request_.add_slots();
     slot.set_exploration_noise(0.3f);
@@ -450,14 +453,14 @@ absl::Status Report(const Flags& flags, const Tally& tally, int connections, int
 
 absl::Status LoadPlanner(const Flags& flags, const std::vector<std::shared_ptr<grpc::Channel>>& channels) {
   ASSIGN_OR_RETURN(const planner::v1::GetModelResponse served,
-                   PlannerClient(channels[0]).GetModel("", absl::Now() + absl::Seconds(flags.timeout)));
+                   PlannerClient(channels[0]).GetModel(flags.model, absl::Now() + absl::Seconds(flags.timeout)));
   ASSIGN_OR_RETURN(const config::v1::Model model, ParseModel(served.model_config()));
   RETURN_IF_ERROR(Annotate(Validate(model, /*complete=*/true), "the planner's model"));
   Load load(flags);
   std::vector<std::unique_ptr<SimulatedActor>> actors;
   for (int i = 0; i < flags.actors; ++i) {
     const auto& channel = channels[static_cast<size_t>(i) % channels.size()];
-    actors.push_back(std::make_unique<PlannerActor>(channel, load.queue(), model, i));
+    actors.push_back(std::make_unique<PlannerActor>(channel, load.queue(), flags.model, model, i));
   }
   load.Run(std::move(actors));
   return Report(flags, load.tally(), static_cast<int>(channels.size()), /*rows=*/0);
@@ -484,6 +487,9 @@ absl::Status Run(const Flags& flags) {
   if (!flags.planner.empty() && !(flags.config.empty() && flags.set.empty())) {
     return absl::InvalidArgumentError("--config and --set go with --replay: a planner says itself what it takes");
   }
+  if (!flags.replay.empty() && !flags.model.empty()) {
+    return absl::InvalidArgumentError("--model goes with --planner: it names one of the models that a planner serves");
+  }
   if (!flags.replay.empty() && flags.config.empty()) {
     return absl::InvalidArgumentError("--replay needs --config=FILE, the experiment that the service runs");
   }
@@ -499,6 +505,7 @@ void AddLoadBench(CLI::App& bench, Command& command) {
   const auto flags = std::make_shared<Flags>();
   part->add_option("--planner", flags->planner, "Planner to load: each actor asks for one action after another")
       ->type_name("HOST:PORT");
+  part->add_option("--model", flags->model, "Model to ask the planner for, where it serves several");
   part->add_option("--replay", flags->replay,
                    "Replay to load: each actor appends episodes chunk by chunk, to the run of --config, where they stay")
       ->type_name("HOST:PORT");

@@ -31,6 +31,7 @@ namespace {
 
 struct Flags {
   std::string planner;
+  std::string model;
   std::string snapshot;
   std::string environment;
   std::string config;
@@ -56,6 +57,9 @@ absl::Status CheckFlags(const Flags& flags) {
   if (IsServed(flags) && flags.planner.empty() == flags.snapshot.empty()) {
     return absl::InvalidArgumentError(
         "give either --planner=HOST:PORT or --snapshot=FILE (or --algorithm=simulator or --algorithm=random)");
+  }
+  if (!flags.model.empty() && flags.planner.empty()) {
+    return absl::InvalidArgumentError("--model goes with --planner: it names one of the models that a planner service has");
   }
   if (!IsServed(flags) && !flags.drop.empty()) {
     return absl::InvalidArgumentError(absl::StrCat("--drop: --algorithm=", flags.algorithm, " does not look at observations"));
@@ -172,8 +176,8 @@ struct Served {
   std::string algorithm;
 };
 
-absl::StatusOr<Served> AskServed(std::shared_ptr<grpc::Channel> channel) {
-  PlannerPolicy asking(std::move(channel), {});
+absl::StatusOr<Served> AskServed(std::shared_ptr<grpc::Channel> channel, const std::string& model_name) {
+  PlannerPolicy asking(std::move(channel), {}, model_name);
   ASSIGN_OR_RETURN(const planner::v1::GetModelResponse response, asking.Model());
   ASSIGN_OR_RETURN(const config::v1::Model model, ParseModel(response.model_config()));
   ASSIGN_OR_RETURN(const config::v1::Planner planner, ParsePlanner(response.planner_config()));
@@ -193,6 +197,7 @@ void Print(const Flags& flags, const EnvironmentOptions& options, const std::str
   if (flags.json) {
     nlohmann::ordered_json out;
     out["env"] = options.task;
+    if (!flags.model.empty()) out["model"] = flags.model;
     out["algorithm"] = algorithm;
     if (!flags.drop.empty()) out["dropped"] = flags.drop;
     out["action_repeat"] = options.action_repeat;
@@ -235,7 +240,7 @@ absl::Status Run(const Flags& flags) {
   }
   std::string algorithm = flags.algorithm;
   if (served) {
-    ASSIGN_OR_RETURN(const Served answers, AskServed(channel));
+    ASSIGN_OR_RETURN(const Served answers, AskServed(channel, flags.model));
     if (flags.image_size == 0 && answers.image_size > 0) options.image_size = answers.image_size;
     if (algorithm != "planner" && algorithm != answers.algorithm) {
       return absl::InvalidArgumentError(absl::StrCat("--algorithm=", algorithm, ": the planner service plans with ",
@@ -251,7 +256,7 @@ absl::Status Run(const Flags& flags) {
   SnapshotVersion version;
   if (served) {
     RETURN_IF_ERROR(CheckDropped(flags.drop, environment->spec()));
-    PlannerPolicy policy(channel, environment->spec().action);
+    PlannerPolicy policy(channel, environment->spec().action, flags.model);
     BlindPolicy blind(policy, flags.drop);
     ASSIGN_OR_RETURN(evaluation, evaluate(blind));
     version = policy.version();
@@ -272,6 +277,7 @@ void AddEvalCommand(CLI::App& app, Command& command) {
   CLI::App* eval = app.add_subcommand("eval", "Plays episodes without exploration noise and prints their returns");
   auto flags = std::make_shared<Flags>();
   CLI::Option* planner = eval->add_option("--planner", flags->planner, "HOST:PORT of a planner service");
+  eval->add_option("--model", flags->model, "Model to ask the planner service for, where it has several");
   eval->add_option("--snapshot", flags->snapshot, "Snapshot (safetensors) to plan with in this process")
       ->type_name("FILE")
       ->excludes(planner);

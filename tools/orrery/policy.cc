@@ -17,8 +17,9 @@ void RandomPolicy::Begin(uint64_t seed) { random_.seed(DeriveSeed(seed, "random_
 
 absl::StatusOr<std::vector<float>> RandomPolicy::Act(const ArrayMap&) { return RandomAction(spec_, random_); }
 
-PlannerPolicy::PlannerPolicy(std::shared_ptr<grpc::Channel> channel, ActionSpec spec, absl::Duration patience)
-    : client_(std::move(channel)), spec_(spec), patience_(patience) {}
+PlannerPolicy::PlannerPolicy(std::shared_ptr<grpc::Channel> channel, ActionSpec spec, std::string model,
+                             absl::Duration patience)
+    : client_(std::move(channel)), spec_(spec), model_(std::move(model)), patience_(patience) {}
 
 void PlannerPolicy::Begin(uint64_t seed) {
   seed_ = seed;
@@ -29,6 +30,7 @@ void PlannerPolicy::Begin(uint64_t seed) {
 
 absl::StatusOr<std::vector<float>> PlannerPolicy::Act(const ArrayMap& observation) {
   planner::v1::ActRequest request;
+  request.set_model(model_);
   request.set_client_id("orrery-eval");
   request.set_priority(planner::v1::EVALUATION);
   if (version_ != SnapshotVersion{}) {
@@ -53,7 +55,7 @@ absl::StatusOr<std::vector<float>> PlannerPolicy::Act(const ArrayMap& observatio
 }
 
 absl::StatusOr<planner::v1::GetModelResponse> PlannerPolicy::Model() {
-  absl::StatusOr<planner::v1::GetModelResponse> answer = client_.GetModel("", absl::Now() + patience_);
+  absl::StatusOr<planner::v1::GetModelResponse> answer = client_.GetModel(model_, absl::Now() + patience_);
   if (!answer.ok()) return Annotate(answer.status(), "planner");
   return answer;
 }

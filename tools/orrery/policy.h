@@ -39,11 +39,14 @@ class RandomPolicy : public Policy {
   std::mt19937_64 random_;
 };
 
-// Asks a planner service, without exploration noise, for one snapshot: that of its first answer, while the service keeps it. While it is away or busy it is asked again for up to `patience`; other
-// errors, and an answer of a wrong size, are returned.
+// Asks a planner service, without exploration noise, for one snapshot of one model: that of its first answer, while the service
+// keeps it. While it is away or busy it is asked again for up to `patience`; other errors, and an answer of a wrong size, are
+// returned.
 class PlannerPolicy : public Policy {
  public:
-  PlannerPolicy(std::shared_ptr<grpc::Channel> channel, ActionSpec spec, absl::Duration patience = absl::Seconds(30));
+  // `model` may be empty where the service has only one.
+  PlannerPolicy(std::shared_ptr<grpc::Channel> channel, ActionSpec spec, std::string model = "",
+                absl::Duration patience = absl::Seconds(30));
   void Begin(uint64_t seed) override;
   absl::StatusOr<std::vector<float>> Act(const ArrayMap& observation) override;
   // What is served; waits for the first snapshot for up to the patience.
@@ -54,6 +57,7 @@ class PlannerPolicy : public Policy {
  private:
   PlannerClient client_;
   const ActionSpec spec_;
+  const std::string model_;
   const absl::Duration patience_;
   uint64_t seed_ = 0;
   uint64_t row_ = 0;

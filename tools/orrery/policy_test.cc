@@ -58,6 +58,11 @@ class FakePlanner : public planner::v1::PlannerService::Service {
     response->mutable_snapshot_version()->set_counter(7);
     return grpc::Status::OK;
   }
+  grpc::Status GetModel(grpc::ServerContext*, const planner::v1::GetModelRequest* request,
+                        planner::v1::GetModelResponse* response) override {
+    response->set_model(request->model());
+    return grpc::Status::OK;
+  }
   int action_size = 2;
   std::vector<planner::v1::ActRequest> requests;
 };
@@ -97,6 +102,21 @@ TEST(PlannerPolicy, CarriesTheBeliefThroughAnEpisodeAndAsksForNoNoise) {
     EXPECT_EQ(planner.requests[i].priority(), planner::v1::EVALUATION);
   }
   EXPECT_NE(planner.requests[0].slots(0).seed(), planner.requests[1].slots(0).seed());
+  server->Shutdown();
+}
+
+TEST(PlannerPolicy, AsksForItsModel) {
+  FakePlanner planner;
+  grpc::ServerBuilder builder;
+  builder.RegisterService(&planner);
+  const std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
+  TinyEnvironment environment;
+  PlannerPolicy policy(server->InProcessChannel({}), environment.spec().action, "challenger");
+  ASSERT_OK(Evaluate(environment, policy, 1, 1));
+  ASSERT_OK_AND_ASSIGN(const planner::v1::GetModelResponse model, policy.Model());
+  EXPECT_EQ(model.model(), "challenger");
+  ASSERT_EQ(planner.requests.size(), 2u);
+  for (const auto& request : planner.requests) EXPECT_EQ(request.model(), "challenger");
   server->Shutdown();
 }
 
