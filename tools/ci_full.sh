@@ -3,7 +3,7 @@
 # manifests, Docker's containers, buf lint.
 # Each part runs even when an earlier one failed; the exit status is 0 only when all passed.
 #
-#   tools/ci_full.sh [part …]      parts: release asan tsan clang cuda dm_control k8s compose lint    (default: all)
+#   tools/ci_full.sh [part …]      parts: release asan tsan clang cuda dm_control k8s python compose lint    (default: all)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,10 +18,11 @@ run_part() {
     dm_control) sudo_apt python3-venv; compare_with_dm_control ;;
     k8s) command -v go >/dev/null || { echo "go not found: https://go.dev/dl"; return 1; }
          tools/setup.sh && tools/build.sh && tools/k8s_check.sh ;;
+    python) tools/setup.sh && tools/build.sh && ORRERY_BIN_DIR="$PWD/build/bin" ORRERY_REQUIRE_PROGRAMS=1 tools/python/matrix.sh -q ;;
     compose) tools/compose_test.sh || { [ $? -eq 77 ] && echo "ci_full: compose skipped"; } ;;
     lint) command -v buf >/dev/null || { echo "buf not found: go install github.com/bufbuild/buf/cmd/buf@v1.50.0"; return 1; }
           buf lint ;;
-    *) echo "ci_full: unknown part \"$1\": expected release, asan, tsan, clang, cuda, dm_control, k8s, compose or lint"; return 2 ;;
+    *) echo "ci_full: unknown part \"$1\": expected release, asan, tsan, clang, cuda, dm_control, k8s, python, compose or lint"; return 2 ;;
   esac
 }
 
@@ -46,7 +47,7 @@ compare_with_dm_control() {
 }
 
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(release asan tsan clang cuda dm_control k8s compose lint)
+[ ${#parts[@]} -gt 0 ] || parts=(release asan tsan clang cuda dm_control k8s python compose lint)
 failed=()
 for part in "${parts[@]}"; do
   echo "ci_full: $part"

@@ -247,12 +247,16 @@ TEST(BenchReplay, ShowsWhatSamplingCostsBySizeOfTheDataSet) {
   for (const Json& object : outcome.objects) {
     ExpectMeasured(object, "batches_per_second");
     ExpectMeasured(object, "draw_batch_micros");
+    ExpectMeasured(object, "draw_prioritized_batch_micros");
     // state [4] and action [1] as float32, a reward, two flags.
     EXPECT_EQ(object["row_bytes"], 16 + 4 + 4 + 1 + 1);
     if (object["index_bytes_per_row"].is_null()) continue;  // a sanitizer's allocator does not count
     // A chunk of 50 rows has at least its description in the index, and not much more.
     EXPECT_GT(object["index_bytes_per_row"], 1);
     EXPECT_LT(object["index_bytes_per_row"], 100);
+    // 32 bytes a chunk, and up to 32 in the sums for one exponent, in vectors that have room for up to twice as much.
+    EXPECT_GE(object["priority_bytes_per_row"], 48 / 50.0);
+    EXPECT_LE(object["priority_bytes_per_row"], 96 / 50.0 + 0.1);
   }
 }
 
@@ -326,6 +330,7 @@ TEST(BenchLoad, SaysWhatIsWrong) {
   EXPECT_THAT(Bench("load").output, HasSubstr("give either --planner=HOST:PORT or --replay=HOST:PORT"));
   EXPECT_THAT(Bench("load --planner=127.0.0.1:1 --set name=x").output, HasSubstr("--config and --set go with --replay"));
   EXPECT_THAT(Bench("load --replay=127.0.0.1:1").output, HasSubstr("--replay needs --config"));
+  EXPECT_THAT(Bench("load --replay=127.0.0.1:1 --model=a").output, HasSubstr("--model goes with --planner"));
   const Results away = Bench("load --planner=127.0.0.1:1 --timeout=0.5");
   EXPECT_EQ(away.code, 1);
   EXPECT_THAT(away.output, HasSubstr("orrery: error: "));

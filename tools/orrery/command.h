@@ -19,6 +19,7 @@ void AddReplayCommand(CLI::App& app, Command& command);
 void AddPlannerCommand(CLI::App& app, Command& command);
 void AddBenchCommand(CLI::App& app, Command& command);
 void AddDoctorCommand(CLI::App& app, Command& command);
+void AddEnvCommand(CLI::App& app, Command& command);
 
 // Declares --threads on a command; 0, the default: as many as there are processors available.
 void AddThreadsFlag(CLI::App& command, int& threads, const std::string& what = "Threads of LibTorch");

@@ -27,6 +27,7 @@ int Main(int argc, char** argv) {
   orrery::AddPlannerCommand(app, command);
   orrery::AddBenchCommand(app, command);
   orrery::AddDoctorCommand(app, command);
+  orrery::AddEnvCommand(app, command);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

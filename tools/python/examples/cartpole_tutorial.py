@@ -1,11 +1,16 @@
 """Tutorial: a world model and an agent for Gymnasium's CartPole-v1, from nothing to a film.
 
 CartPole-v1 has two choices (push left, push right), and shows four numbers: place and speed of the cart, angle and speed of the
-pole. Every step gives a reward of 1 until the pole has fallen or 500 steps have passed.
+pole. Every step gives a reward of 1 until the pole has fallen (its angle is over 0.21, or the cart 2.4 from the middle), or 500
+steps have passed. Random actions keep it up for some 20 steps.
 
     pip install 'tools/python[gymnasium]' 'gymnasium[classic-control]' pillow
     export ORRERY_BIN_DIR=$PWD/build/bin          # where tools/build.sh put the programs
-    python tools/python/examples/cartpole_tutorial.py --episodes=60 --folder=runs/cartpole
+    python tools/python/examples/cartpole_tutorial.py --episodes=30 --folder=runs/cartpole
+
+On two busy cores this took five minutes: 30 episodes, 1,574 rows, 3,148 updates. The agent then kept the pole up for 495 of 500
+steps on average over ten episodes (464 in the worst one), random actions for 24 in the same ones. That is one run: programs
+that collect and learn at the same time never do quite the same twice.
 
 The text between the steps says what happens; the same commands by hand are in docs/tutorial_gymnasium.md. With --pixels
 the agent sees 64x64 pictures instead of the four numbers: that needs a GPU or patience.
@@ -26,23 +31,36 @@ import orrery
 # 1. The experiment.
 #
 # Everything that the programs need to know is one text file. What is left out has a default (proto/orrery/config/v1 explains
-# every field). The environment ends (the pole falls), so the model gets a head that predicts whether it goes on; the
-# planner looks 12 steps ahead and prefers plans in which rewards keep coming.
+# every field). Four things are this task's own:
+# - Every step is rewarded alike, so what matters is how long the episode goes on. The model gets a head that predicts this
+#   (`continue_head`), and an actor and a value (`behavior`) that are learned in imagination, where what follows an end does
+#   not count. The planners that search (cem, …) add up predicted rewards, ends or not: they would see no difference between
+#   plans here.
+# - The choice is discrete, and so the actor's gradient is REINFORCE.
+# - An angle of 0.2 is all there is between upright and fallen. A reconstruction loss of squared errors hardly sees it at a
+#   weight of 1, so `scale` (in make_experiment) gives the four numbers a weight of 100.
+# - `time_limit` cuts episodes at 200 steps while data are collected, so that a good agent does not spend its time on what it
+#   can do already. Cut is not ended: the model never learns that the pole falls there.
 # ---------------------------------------------------------------------------------------------------------------------
 EXPERIMENT = """
 name: "cartpole_tutorial"
-environment { task: "CartPole-v1" image_size: 64 }
+environment { task: "CartPole-v1" image_size: 64 time_limit: 200 }
 model {
   deterministic_size: 64 stochastic_size: 16 hidden_size: 64 activation: ELU
   reward { layers: 2 hidden_size: 64 }
   continue_head { layers: 2 hidden_size: 64 }
   objective { free_nats: 1 free_nats_rule: AVERAGED }
+  behavior {
+    horizon: 15 discount: 0.98 gradient: REINFORCE entropy_scale: 0.03
+    actor_layers: 2 actor_hidden_size: 64 value_layers: 2 value_hidden_size: 64
+  }
 }
-planner { cem { horizon: 12 iterations: 4 candidates: 200 elites: 20 } }
+planner { actor {} }
 collection { seed_episodes: 10 exploration_noise: 0.1 environments: 2 lease_seconds: 30 }
 evaluation { every_episodes: 10 }
-replay { max_rows: 100000 chunk_rows: 25 limiter { updates_per_row: 1 tolerance: 200 } }
-learning { schedule: CONCURRENT batch_size: 16 sequence_length: 10 snapshot_every_updates: 50 }
+replay { max_rows: 100000 chunk_rows: 10 limiter { updates_per_row: 2 tolerance: 200 } }
+learning { schedule: CONCURRENT batch_size: 32 sequence_length: 10 snapshot_every_updates: 50
+  actor_learning_rate: 0.0003 value_learning_rate: 0.001 }
 """
 
 
@@ -59,6 +77,7 @@ def make_experiment(pixels, episodes):
     experiment.proto.model.MergeFrom(spec.to_model())
     if not pixels:
         experiment.set("model.modalities[0].vector.hidden_size", 64)
+        experiment.set("model.modalities[0].vector.scale", 100)
     return experiment
 
 
@@ -68,7 +87,7 @@ def make_experiment(pixels, episodes):
 # `Services` starts three programs: replay hands out episodes and keeps what was seen, the learner fits the world model, the
 # planner answers "what now?". Between them stands the actor, which plays: the only program that knows Gymnasium.
 # ---------------------------------------------------------------------------------------------------------------------
-def train(services, pixels, folder):
+def train(services, experiment, pixels, folder):
     actor = subprocess.Popen([
         sys.executable, "-m", "orrery.gym_actor", f"--config={services.folder / 'config.textproto'}",
         f"--modality={'image' if pixels else 'state'}", f"--replay={services.replay}", f"--planner={services.planner}",
@@ -86,7 +105,7 @@ def train(services, pixels, folder):
     with orrery.ReplayClient(services.replay, "cartpole_tutorial") as replay:
         stats = replay.stats()
         # The learner still makes the updates that belong to the last rows.
-        while stats.updates_done < stats.rows_appended:
+        while stats.updates_done < experiment.proto.replay.limiter.updates_per_row * stats.rows_appended:
             services.check()
             time.sleep(1)
             stats = replay.stats()
@@ -149,6 +168,11 @@ def random_returns(episodes):
     return returns
 
 
+def show(returns):
+    """For example "21.4 (9, 14, …)"."""
+    return f"{np.mean(returns):.1f} ({', '.join(f'{one:.0f}' for one in returns)})"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Looking inside.
 #
@@ -164,19 +188,24 @@ def look_inside(snapshot):
 
 def main():
     parser = argparse.ArgumentParser(description="CartPole-v1, from nothing to a film.")
-    parser.add_argument("--episodes", type=int, default=60, help="episodes to collect (default: %(default)s)")
+    parser.add_argument("--episodes", type=int, default=30, help="episodes to collect (default: %(default)s)")
     parser.add_argument("--play", type=int, default=5, help="episodes to play afterwards (default: %(default)s)")
     parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("runs/cartpole"))
     parser.add_argument("--pixels", action="store_true", help="see pictures instead of four numbers")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    with orrery.Services(make_experiment(arguments.pixels, arguments.episodes), folder=arguments.folder) as services:
-        snapshot = train(services, arguments.pixels, arguments.folder)
+    experiment = make_experiment(arguments.pixels, arguments.episodes)
+    with orrery.Services(experiment, folder=arguments.folder) as services:
+        snapshot = train(services, experiment, arguments.pixels, arguments.folder)
     look_inside(snapshot)
     film = arguments.folder / "cartpole.gif"
     agent = play(snapshot, arguments.pixels, arguments.play, film)
     random = random_returns(arguments.play)
-    print(f"mean return of {arguments.play} episodes: random actions {np.mean(random):.1f}, agent {np.mean(agent):.1f}")
+    print(f"mean return (returns) of {arguments.play} episodes, of at most 500:")
+    print(f"  random actions {show(random)}")
+    print(f"  the agent      {show(agent)}")
+    if np.mean(agent) < 2 * np.mean(random):
+        print("this agent has learned little: more --episodes help")
     print(f"snapshot {snapshot}, film {film}, learning curve {arguments.folder / 'learner.csv'}")
 
 

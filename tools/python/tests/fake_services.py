@@ -66,7 +66,7 @@ class FakeReplay:
 
 class FakePlanner:
     """Answers with `action` and the belief "belief-N" for the N-th request, or with queued errors first (OK entries let a
-    request pass)."""
+    request pass). The first `hangs` requests get no answer."""
 
     def __init__(self):
         self.lock = threading.Lock()
@@ -77,6 +77,7 @@ class FakePlanner:
         self.model = planner_pb2.GetModelResponse(model="test")
         self.hold = threading.Event()
         self.hold.set()
+        self.hangs = 0
         self.asked = threading.Event()
 
     def act(self, request, context):
@@ -86,6 +87,10 @@ class FakePlanner:
             number = len(self.requests)
             error = self.errors.popleft() if self.errors else (grpc.StatusCode.OK, "")
         self.asked.set()
+        if number <= self.hangs:
+            gone = threading.Event()
+            if context.add_callback(gone.set):
+                gone.wait()
         self.hold.wait()
         if error[0] != grpc.StatusCode.OK:
             context.abort(*error)

@@ -1,11 +1,12 @@
 import threading
+import types
 
 import grpc
 import numpy as np
 import pytest
 
 from orrery import ConfigError, DataError, PlannerClient, Policy, ServiceError, Slot, Tls
-from orrery.channel import Backoff, make_channel
+from orrery.channel import Backoff, make_channel, retry
 
 IMAGE = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
 JOINTS = np.array([1, 2], np.float32)
@@ -81,6 +82,53 @@ def test_gives_up_at_the_deadline(fakes, planner):
     with pytest.raises(ServiceError) as raised:
         planner.plan([Slot({"joints": JOINTS})], evaluation=True, timeout=0.2)
     assert raised.value.code == grpc.StatusCode.DEADLINE_EXCEEDED and raised.value.transient
+
+
+def test_a_planner_that_hangs_leaves_time_for_another(fakes, planner, monkeypatch):
+    monkeypatch.setattr("orrery.planner_client._SHORTEST_TRY", 0.1)
+    fakes.planner.hangs = 1
+    answer, = planner.plan([Slot({"joints": JOINTS})], evaluation=True, timeout=6)
+    assert answer.version[1] == 2 and len(fakes.planner.requests) == 2
+    fakes.planner.hangs = 3
+    with pytest.raises(ServiceError, match="DEADLINE_EXCEEDED"):
+        planner.plan([Slot({"joints": JOINTS})], evaluation=True, timeout=0.2, tries=False)
+    assert len(fakes.planner.requests) == 3
+
+
+class Failed(grpc.RpcError, grpc.Call):
+    def __init__(self, code):
+        self._code = code
+
+    def code(self):
+        return self._code
+
+    def details(self):
+        return ""
+
+
+@pytest.mark.parametrize("shortest, expected", [({"shortest_try": 5}, [20, 10, 5, 5]), ({}, [40])])
+def test_tries_share_the_time(monkeypatch, shortest, expected):
+    now = 1000.0
+    monkeypatch.setattr("orrery.channel.time", types.SimpleNamespace(monotonic=lambda: now, sleep=lambda _: None))
+    given = []
+
+    def hang(seconds):
+        nonlocal now
+        given.append(seconds)
+        now += seconds
+        raise Failed(grpc.StatusCode.DEADLINE_EXCEEDED)
+
+    with pytest.raises(ServiceError, match="DEADLINE_EXCEEDED"):
+        retry(40, hang, **shortest)
+    assert given == expected
+
+
+def test_an_error_that_is_not_retried_ends_the_tries():
+    def refuse(_):
+        raise Failed(grpc.StatusCode.INVALID_ARGUMENT)
+
+    with pytest.raises(ServiceError, match="INVALID_ARGUMENT"):
+        retry(40, refuse, shortest_try=5)
 
 
 def test_cancel_ends_a_running_call(fakes, planner):

@@ -1,7 +1,8 @@
 """Clients of Orrery's services, and an actor that plays Gymnasium and dm_env environments.
 
 PlannerClient and Policy ask for actions, ReplayClient and ReplayWriter bring experience (EpisodeRecorder makes its chunks),
-Experiment reads and writes configurations, load_snapshot reads what was learned, Services starts the programs on this machine.
+Experiment reads and writes configurations, load_snapshot reads what was learned, Services starts the programs on this machine,
+make and make_vec give its own tasks to Gymnasium.
 """
 
 from orrery.channel import Tls
@@ -17,6 +18,7 @@ from orrery.replay_client import Chunk, Episode, EpisodeEnd, EpisodeMode, Replay
 from orrery.replay_writer import ReplayWriter
 from orrery.snapshot import Snapshot, load_snapshot
 from orrery.specification import ActionSpec, EnvironmentSpec, TensorSpec, model_text
+from orrery.tasks import make, make_vec
 
 __version__ = "0.1.0"
 
@@ -50,5 +52,7 @@ __all__ = [
     "decode_rows",
     "encode_rows",
     "load_snapshot",
+    "make",
+    "make_vec",
     "model_text",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import pathlib
 import random
@@ -102,17 +103,22 @@ def retry(
     timeout: float,
     call: Callable[[float], _Answer],
     codes: frozenset[grpc.StatusCode] = frozenset({grpc.StatusCode.UNAVAILABLE}),
+    shortest_try: float = math.inf,
 ) -> _Answer:
-    """Calls `call(seconds left)` until it gives something else than an error of `codes`, at most `timeout` seconds; then its
-    last error."""
+    """Calls `call(its seconds)` until it gives something else than an error of `codes`, at most `timeout` seconds; then its last
+    error. A try gets half of the time that is left, but at least `shortest_try`, and one that took all its time is followed by
+    another."""
     backoff = Backoff()
     deadline = time.monotonic() + timeout
     while True:
+        left = max(0.0, deadline - time.monotonic())
+        given = min(left, max(left / 2, shortest_try))
         try:
-            return call(max(0.0, deadline - time.monotonic()))
+            return call(given)
         except grpc.RpcError as rpc_error:
             error = to_error(rpc_error)
+        hung = error.code == grpc.StatusCode.DEADLINE_EXCEEDED and given < left
         wait = backoff.next()
-        if error.code not in codes or time.monotonic() + wait >= deadline:
+        if not (hung or error.code in codes) or time.monotonic() + wait >= deadline:
             raise error
         time.sleep(wait)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import socket
 import threading
@@ -23,6 +24,8 @@ from orrery.tensors import Observation, to_named_tensor
 _SERVICE = "/orrery.planner.v1.PlannerService/"
 # CANCELLED: by a planner that ended with the call in its hands; nobody here cancels.
 _RETRIED = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED})
+# Seconds.
+_SHORTEST_TRY = 5.0
 # A planner answers these where a belief or the action before belongs to a model of another structure.
 _OTHER_MODEL = frozenset({grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT})
 
@@ -80,8 +83,9 @@ def default_client_id(kind: str) -> str:
 class PlannerClient:
     """Thread-safe; calls about the same agent must not overlap. Beliefs are kept here, one per agent, from one `act` to the
     next; `reset` begins an episode. UNAVAILABLE (a planner that died, or has no snapshot yet) and RESOURCE_EXHAUSTED are
-    tried again with growing random waits until `timeout` seconds have passed. A belief that a planner refuses, because a
-    model of another structure has taken over, is begun anew. Other errors are ServiceError.
+    tried again with growing random waits until `timeout` seconds have passed. A try gets half of the time that is left, but at
+    least 5 s, so that a planner that hangs leaves time for another one. A belief that a planner refuses, because a model of
+    another structure has taken over, is begun anew. Other errors are ServiceError.
 
         with PlannerClient("127.0.0.1:7103") as planner:
             action = planner.act({"image": image})
@@ -134,7 +138,7 @@ class PlannerClient:
         response = retry(
             self._timeout,
             lambda left: self._get_model(planner_pb2.GetModelRequest(model=self._model), timeout=left, metadata=self._metadata),
-            _RETRIED)
+            _RETRIED, _SHORTEST_TRY)
         version = response.snapshot_version
         try:
             parsed = text_format.Parse(response.model_config, model_pb2.Model())
@@ -213,7 +217,7 @@ class PlannerClient:
         if version != (0, 0):
             request.snapshot_version.generation, request.snapshot_version.counter = version
         response = retry(self._timeout if timeout is None else timeout, lambda left: self._call(request, left, stop),
-                         _RETRIED if tries else frozenset())
+                         _RETRIED if tries else frozenset(), _SHORTEST_TRY if tries else math.inf)
         if len(response.results) != len(slots):
             raise ServiceError(grpc.StatusCode.INTERNAL,
                                f"the planner answered {len(response.results)} slots, expected {len(slots)}")
