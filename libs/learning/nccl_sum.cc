@@ -1,7 +1,7 @@
 #include "libs/learning/nccl_sum.h"
 
 #include <c10/core/Event.h>
-#include <c10/cuda/CUDAGuard.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include <cstring>
@@ -42,7 +42,7 @@ class Communicator final : public NcclSum {
   void Run(torch::Tensor& values, absl::Duration limit) override {
     TORCH_CHECK(comm_ != nullptr, "the communicator failed before");
     const nccl::ncclComm_t comm = std::exchange(comm_, nullptr);
-    const c10::cuda::CUDAGuard guard(device_);
+    const c10::DeviceGuard guard(device_);
     const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(device_.index());
     std::vector<torch::Tensor> outputs = {values};
     nccl::all_reduce({values}, outputs, kSum, {stream}, {comm});
@@ -73,7 +73,7 @@ std::unique_ptr<NcclSum> NcclSum::Create(const std::string& id, int rank, int si
   TORCH_CHECK(id.size() == sizeof(unique.internal), "an id of NCCL has ", id.size(), " bytes, expected ",
               sizeof(unique.internal));
   std::memcpy(unique.internal, id.data(), id.size());
-  const c10::cuda::CUDAGuard guard(device);
+  const c10::DeviceGuard guard(device);
   return std::make_unique<Communicator>(nccl::comm_init_rank(size, unique, rank), device);
 }
 
