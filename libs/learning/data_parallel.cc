@@ -82,7 +82,8 @@ absl::StatusOr<std::optional<DataParallel::Options>> DataParallel::FromEnvironme
   }
   // torchrun serves the store itself, for all attempts.
   options.serve_store = Variable("TORCHELASTIC_USE_AGENT_STORE").value_or("") != "True";
-  options.store_prefix = Variable("TORCHELASTIC_RESTART_COUNT").value_or("0");
+  // Rank 0's own store is new at every attempt; torchrun's nodes may count restarts differently.
+  options.store_prefix = options.serve_store ? "0" : Variable("TORCHELASTIC_RESTART_COUNT").value_or("0");
   return options;
 }
 

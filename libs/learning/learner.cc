@@ -319,6 +319,7 @@ absl::Status Learner::AwaitRows() {
       break;
     }
     LogOutage("GetStats", stats.status());
+    RETURN_IF_ERROR(KeepGroup());
     WaitForStop(kSlice);
   }
   while (!stopped()) {

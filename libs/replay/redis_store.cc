@@ -566,7 +566,7 @@ absl::StatusOr<std::vector<DataSetSummary>> ListRedisDataSets(const std::string&
 // The key by which the data set is found goes last: what was interrupted can be done again.
 absl::Status DeleteRedisDataSet(const StoreOptions& options) {
   ASSIGN_OR_RETURN(RedisLocation location, ParseRedisLocation(options.location));
-  RedisClient client(std::move(location), options.timeout, options.max_connections);
+  RedisClient client(std::move(location), options.timeout, /*max_connections=*/1);
   const std::string data_set = absl::StrCat(kKeyPrefix, options.run, kDataSetSuffix);
   ASSIGN_OR_RETURN(const RedisReply schema, client.RunOne({"HGET", data_set, "schema"}));
   const bool there = schema.kind != RedisReply::Kind::kNil;

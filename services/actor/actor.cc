@@ -269,6 +269,7 @@ absl::Status Actor::Begin(Player& player, const ReplayClient::Episode& episode) 
 }
 
 absl::Status Actor::Collect() {
+  if (Stopped()) return absl::OkStatus();  // Stop interrupts one Take only
   bool waits = false, can_act = false;
   for (const Player& player : players_) {
     if (!Waits(player)) continue;

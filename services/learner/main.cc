@@ -75,7 +75,12 @@ absl::StatusOr<std::unique_ptr<DataParallel>> Join(const DataParallel::Options& 
     group = DataParallel::Join(options);
     done.Notify();
   });
+  const absl::Time give_up = absl::Now() + options.join_limit + 3 * options.limit;  // to join NCCL has no limit of its own
   while (!done.HasBeenNotified()) {
+    if (absl::Now() >= give_up) {
+      LogError("the ranks did not come together rank={} size={}", options.rank, options.size);
+      std::_Exit(1);
+    }
     if (WaitForShutdownSignal(kSignalPoll) == 0) continue;
     LogInfo("stopped while waiting for the other ranks rank={} size={}", options.rank, options.size);
     std::_Exit(0);
@@ -90,6 +95,10 @@ absl::StatusOr<std::unique_ptr<DataParallel>> JoinGroup(LearnerFlags& flags, tor
   ASSIGN_OR_RETURN(std::optional<DataParallel::Options> options, DataParallel::FromEnvironment());
   if (!options.has_value()) return nullptr;
   if (device.is_cuda() && !device.has_index()) device.set_index(static_cast<c10::DeviceIndex>(options->local_rank));
+  if (device.is_cuda() && device.index() >= static_cast<int64_t>(torch::cuda::device_count())) {
+    return absl::InvalidArgumentError(absl::StrCat("LOCAL_RANK is ", options->local_rank, ", but there is no GPU ", device.str()));
+  }
+  if (options->rank != 0) flags.common.listen = "127.0.0.1:0";  // serves nothing: planners are given rank 0's address
   for (std::string* address : {&flags.common.listen, &flags.common.health_listen, &flags.common.metrics_listen}) {
     const size_t colon = address->rfind(':');
     int port = 0;

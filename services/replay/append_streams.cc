@@ -35,7 +35,7 @@ class AppendStreams::StreamImpl : public AppendStreams::Stream {
 
   // On a thread that may wait. What is started last may delete this.
   void Work() {
-    if (ended_) return End(owner_->handler_.end());
+    if (ended_ || gone_) return End(owner_->handler_.end());  // a message that nobody waits for is sent again
     const absl::StatusOr<bool> answered = owner_->handler_.take({request_, arrived_, deadline_, gone_}, response_);
     if (!answered.ok()) return End(answered.status());
     if (*answered) {

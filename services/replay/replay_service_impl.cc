@@ -167,7 +167,7 @@ class ReplayServerImpl : public ReplayServer,
                   experiment_.learning().sequence_length(), *registry_),
         reader_(store_.get()),
         appends_({[this](const AppendMessage& message, AppendResponse& response) { return TakeAppend(message, response); },
-                  [this] { return coordinator_.WriteRows(); }},
+                  [this] { return progress_.stopped() ? absl::OkStatus() : coordinator_.WriteRows(); }},
                  kAppendThreads) {}
   ~ReplayServerImpl() override { ReplayServerImpl::Shutdown(); }
 
@@ -178,6 +178,9 @@ class ReplayServerImpl : public ReplayServer,
     progress_.Stop();
     data_set_.Stop();
     appends_.Shutdown();  // what is not acknowledged is sent again elsewhere
+    if (const absl::Status status = coordinator_.WriteRows(); !status.ok()) {  // once for all streams
+      LogWarning("the last rows were not counted error=\"{}\"", status.ToString());
+    }
   }
 
   grpc::Status BeginEpisode(ServerContext* context, const replay::v1::BeginEpisodeRequest* request,
@@ -388,6 +391,8 @@ absl::Status ReplayServerImpl::Patiently(const AppendMessage& message, absl::Fun
   while (true) {
     const absl::Time start = absl::Now();
     const absl::Status status = act();
+    // That is about this server's login, not about the chunk: the actor keeps it and sends it again.
+    if (absl::IsPermissionDenied(status)) return absl::UnavailableError(status.message());
     const bool full = absl::IsResourceExhausted(status);
     if (!full && !absl::IsUnavailable(status)) return status;
     const bool waited = data_set_.changes().Sleep(std::min(limit, absl::Now() + backoff.Next()));
