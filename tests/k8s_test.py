@@ -36,6 +36,7 @@ ARROWS = {
     ("orrery-learner", "orrery-replay", 7101),
     ("orrery-replay", "redis", 6379),
 }
+RANK_ARROWS = {("orrery-learner", "orrery-learner", 1024)}  # from there on: Gloo and NCCL choose ports
 CLUSTER_ARROWS = {("redis", "redis", 6379), ("redis", "redis", 16379), ("redis-create", "redis", 6379)}
 METRICS_PORTS = {"orrery-replay": 9101, "orrery-learner": 9102, "orrery-planner": 9103, "orrery-actor": 9104, "redis": 9121}
 HEALTH_PORTS = {"orrery-replay": 7201, "orrery-learner": 7202, "orrery-planner": 7203}
@@ -234,7 +235,8 @@ def check_arrows(manifests):
     for name, own in labels.items():
         isolated = {t for p in policies if selects(p["podSelector"], own) for t in p["policyTypes"]}
         require(isolated == {"Ingress", "Egress"}, f"{name}: is isolated for {isolated}, expected Ingress and Egress")
-    arrows = ARROWS | (CLUSTER_ARROWS if is_cluster(manifests) else set())
+    ranks = any(w["metadata"]["name"] == "learner" and w["spec"]["replicas"] > 1 for w in manifests.of("StatefulSet"))
+    arrows = ARROWS | (CLUSTER_ARROWS if is_cluster(manifests) else set()) | (RANK_ARROWS if ranks else set())
     out = {(a, b, port) for a in labels for b in labels for port in allowed(policies, labels[a], "egress", "to", labels[b])}
     into = {(a, b, port) for a in labels for b in labels for port in allowed(policies, labels[b], "ingress", "from", labels[a])}
     require(out == arrows, f"egress differs from the arrows by {sorted(out ^ arrows)}")
