@@ -43,7 +43,7 @@ compare_with_dm_control() {
   tools/setup.sh && tools/build.sh --target orrery &&
     { [ -x "$venv/bin/python" ] || python3 -m venv "$venv"; } &&
     "$venv/bin/pip" install --quiet dm_control==1.0.50 mujoco==3.17.0 safetensors==0.8.0 &&
-    MUJOCO_GL=osmesa "$venv/bin/python" tools/compare_dm_control.py
+    MUJOCO_GL=osmesa "$venv/bin/python" tools/bench/compare_dm_control.py
 }
 
 parts=("$@")

@@ -4,7 +4,7 @@ pictures byte for byte, states, rewards and observations within 1e-6. Each task 
 dm_control chooses; contacts make a difference of the last bit grow, so that a start should not be followed for too long.
 
     pip install dm_control==1.0.50 mujoco==3.17.0 safetensors==0.8.0
-    MUJOCO_GL=osmesa tools/compare_dm_control.py [TASK …] [--orrery BINARY] [--starts N] [--steps N] [--seed N]
+    MUJOCO_GL=osmesa tools/bench/compare_dm_control.py [TASK …] [--orrery BINARY] [--starts N] [--steps N] [--seed N]
 """
 import argparse
 import pathlib
@@ -15,7 +15,7 @@ import tempfile
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "libs/envs/testdata"))
 from make_golden import TASKS, play  # noqa: E402
 
