@@ -135,6 +135,10 @@ struct VectorEnvironment::State {
   void EndHanging() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu);
   // When the next call takes too long.
   absl::Time NextTimeout() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu);
+  // Of a slot that has one; the slot is free then.
+  static Answer TakeAnswer(Slot& slot);
+  // Waits for the slot's, and takes it.
+  Answer AwaitAnswer(Slot& slot) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu);
   std::vector<VectorResult> TakeAnswers() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu);
 
   const Options options;
@@ -242,16 +246,26 @@ absl::Time VectorEnvironment::State::NextTimeout() const {
   return next;
 }
 
+Answer VectorEnvironment::State::TakeAnswer(Slot& slot) {
+  Answer answer = *std::move(slot.answer);
+  slot.answer.reset();
+  slot.busy = false;
+  return answer;
+}
+
+Answer VectorEnvironment::State::AwaitAnswer(Slot& slot) {
+  for (EndHanging(); !slot.answer.has_value(); EndHanging()) options.clock->WaitUntil(changed, mu, NextTimeout());
+  return TakeAnswer(slot);
+}
+
 std::vector<VectorResult> VectorEnvironment::State::TakeAnswers() {
   std::vector<VectorResult> results;
   for (size_t i = 0; i < slots.size(); ++i) {
-    Slot& slot = slots[i];
-    if (!slot.answer.has_value()) continue;
+    if (!slots[i].answer.has_value()) continue;
+    Answer answer = TakeAnswer(slots[i]);
     using Step = absl::StatusOr<TimeStep>;
-    Step step = slot.answer->status.ok() ? Step(std::move(slot.answer->step)) : Step(slot.answer->status);
-    results.push_back({static_cast<int>(i), std::move(step), slot.answer->duration});
-    slot.answer.reset();
-    slot.busy = false;
+    Step step = answer.status.ok() ? Step(std::move(answer.step)) : Step(answer.status);
+    results.push_back({static_cast<int>(i), std::move(step), answer.duration});
   }
   return results;
 }
@@ -277,20 +291,15 @@ absl::Status VectorEnvironment::MakeAll() {
   make.task = state_->options.environment;
   for (int i = 0; i < size(); ++i) RETURN_IF_ERROR(Begin(i, make));
   absl::MutexLock lock(&state_->mu);
-  std::vector<State::Slot>& slots = state_->slots;
-  const auto ready = [](const State::Slot& slot) { return slot.answer.has_value(); };
-  for (state_->EndHanging(); !std::all_of(slots.begin(), slots.end(), ready); state_->EndHanging()) {
-    state_->options.clock->WaitUntil(state_->changed, state_->mu, state_->NextTimeout());
-  }
-  for (State::Slot& slot : slots) RETURN_IF_ERROR(slot.answer->status);
-  state_->spec = slots[0].answer->specification;
-  for (State::Slot& slot : slots) {
-    if (!(slot.answer->specification == state_->spec)) {
+  std::vector<Answer> answers;
+  for (State::Slot& slot : state_->slots) answers.push_back(state_->AwaitAnswer(slot));
+  for (const Answer& answer : answers) RETURN_IF_ERROR(answer.status);
+  state_->spec = answers[0].specification;
+  for (const Answer& answer : answers) {
+    if (!(answer.specification == state_->spec)) {
       return absl::FailedPreconditionError(
           absl::StrCat("environments of \"", state_->options.environment.task, "\" differ in their observations or actions"));
     }
-    slot.answer.reset();
-    slot.busy = false;
   }
   return absl::OkStatus();
 }
@@ -400,15 +409,9 @@ absl::StatusOr<Array> VectorEnvironment::Render(int index, int height, int width
   call.width = width;
   RETURN_IF_ERROR(Begin(index, std::move(call)));
   absl::MutexLock lock(&state_->mu);
-  State::Slot& slot = state_->slots[index];
-  for (state_->EndHanging(); !slot.answer.has_value(); state_->EndHanging()) {
-    state_->options.clock->WaitUntil(state_->changed, state_->mu, state_->NextTimeout());
-  }
-  const Answer answer = *std::move(slot.answer);
-  slot.answer.reset();
-  slot.busy = false;
+  Answer answer = state_->AwaitAnswer(state_->slots[index]);
   if (!answer.status.ok()) return answer.status;
-  return answer.picture;
+  return std::move(answer.picture);
 }
 
 }  // namespace orrery

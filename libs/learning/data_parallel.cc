@@ -55,12 +55,6 @@ absl::Status Check(const DataParallel::Options& options) {
   return absl::OkStatus();
 }
 
-// Without the C++ backtrace that LibTorch appends.
-std::string FirstLine(const std::exception& e) {
-  const std::string message = e.what();
-  return message.substr(0, message.find('\n'));
-}
-
 }  // namespace
 
 struct DataParallel::Group {
@@ -128,12 +122,14 @@ absl::Status DataParallel::Connect() {
 
 absl::Status DataParallel::Try(const char* what, absl::FunctionRef<void()> call) {
   if (!failure_.ok()) return failure_;
-  try {
+  const absl::Status status = CatchExceptions(what, [&] {
     call();
-  } catch (const std::exception& e) {
-    failure_ = absl::UnavailableError(absl::StrCat("rank ", options_.rank, " of ", options_.size, ", ", what,
+    return absl::OkStatus();
+  });
+  if (!status.ok()) {
+    failure_ = absl::UnavailableError(absl::StrCat("rank ", options_.rank, " of ", options_.size,
                                                    ": a rank was lost, or did not come within ",
-                                                   absl::FormatDuration(options_.limit), " (", FirstLine(e), ")"));
+                                                   absl::FormatDuration(options_.limit), " (", status.message(), ")"));
   }
   return failure_;
 }

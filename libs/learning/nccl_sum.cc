@@ -1,7 +1,7 @@
 #include "libs/learning/nccl_sum.h"
 
-#include <c10/core/Event.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/core/Event.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include <cstring>

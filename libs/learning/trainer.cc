@@ -82,17 +82,11 @@ absl::StatusOr<std::vector<torch::Tensor>> Trainer::Flatten(const StoredBatch& s
 
 TensorMap Trainer::Preprocess(const TensorMap& stored) {
   if (group_ == nullptr) return model_->Preprocess(stored, generator_);
-  TensorMap observations = model_->Preprocess(stored, c10::nullopt);
-  for (const config::v1::Modality& modality : model_->config().modalities()) {
-    if (!modality.has_image() || modality.image().bits() == 8) continue;
-    const torch::Tensor& pictures = stored.at(modality.name());  // [T, B, H, W, C]
+  return model_->Preprocess(stored, [&](const torch::Tensor& pictures) {  // [T, B, H, W, C]
     std::vector<int64_t> whole = pictures.sizes().vec();
     whole[1] *= group_->size();
-    const torch::Tensor noise = at::rand(whole, generator_, at::TensorOptions(at::kFloat).device(device_));
-    const double step = 1.0 / (1 << modality.image().bits());
-    observations.at(modality.name()).add_(group_->Part(noise, 1).movedim(-1, -3), step);
-  }
-  return observations;
+    return group_->Part(at::rand(whole, generator_, pictures.options().dtype(at::kFloat)), 1);
+  });
 }
 
 Batch Trainer::Prepare(const std::vector<torch::Tensor>& stored) {

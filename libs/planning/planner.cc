@@ -22,7 +22,8 @@ namespace {
 
 using torch::Tensor;
 
-// Standard normals of the states [H, N, J, S] of plans [H, N, J, A] in iteration i. Empty: the model draws its own.
+// Standard normals of the states [H, N, J, S] of plans [H, N, J, A] in iteration i; zeros give the prior's mean. Empty: the
+// model draws its own.
 using StateNormals = std::function<Tensor(const Tensor& plans, int64_t i)>;
 
 // How plans are made and rolled out.
@@ -65,9 +66,16 @@ absl::Status CheckRequest(const WorldModel& model, const PlanRequest& request, c
   return absl::InvalidArgumentError("valid_actions has an agent without a valid action; expected at least one");
 }
 
+StateNormals NoStateNoise(int64_t stochastic_size) {
+  return [stochastic_size](const Tensor& plans, int64_t) {
+    return at::zeros({plans.size(0), plans.size(1), plans.size(2), stochastic_size}, plans.options());
+  };
+}
+
 // The request as a problem whose `normals` are still to be set. `model` must outlive it.
 PlanProblem MakeProblem(const WorldModel& model, const PlanRequest& request, const RolloutOptions& options,
                         StateNormals state_normals) {
+  if (options.mean_latents) state_normals = NoStateNoise(model.stochastic_size());
   PlanProblem problem;
   problem.agents = request.belief.deter.size(0);
   problem.action_size = model.action_size();
@@ -80,12 +88,9 @@ PlanProblem MakeProblem(const WorldModel& model, const PlanRequest& request, con
   }
   problem.objective = [&model, belief = request.belief, seeds = request.seeds, options,
                        normals = std::move(state_normals)](const Tensor& plans, int64_t i) {
-    if (!options.mean_latents && normals == nullptr)
+    if (normals == nullptr)
       return model.ImaginedReturns(belief, plans, SeededNoise{seeds, static_cast<uint32_t>(i)}, options.returns());
-    const Tensor noise = options.mean_latents
-                             ? at::zeros({plans.size(0), plans.size(1), plans.size(2), model.stochastic_size()}, plans.options())
-                             : normals(plans, i);
-    return model.ImaginedReturns(belief, plans, noise, options.returns());
+    return model.ImaginedReturns(belief, plans, normals(plans, i), options.returns());
   };
   return problem;
 }

@@ -1,13 +1,20 @@
 #include "libs/replay/redis_location.h"
 
+#include <utility>
+
+#include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
+#include "libs/base/host_port.h"
 #include "libs/base/status.h"
 
 namespace orrery {
 namespace {
+
+constexpr absl::string_view kScheme = "redis://";
+constexpr absl::string_view kClusterScheme = "redis-cluster://";
 
 absl::Status NotALocation() {
   return absl::InvalidArgumentError(
@@ -32,37 +39,41 @@ absl::StatusOr<std::string> PercentDecode(absl::string_view text) {
 }
 
 absl::StatusOr<RedisEndpoint> ParseEndpoint(absl::string_view text) {
-  RedisEndpoint endpoint;
-  const size_t colon = text.rfind(':');
-  if (colon == absl::string_view::npos || !absl::SimpleAtoi(text.substr(colon + 1), &endpoint.port)) return NotALocation();
-  absl::string_view host = text.substr(0, colon);
-  if (absl::ConsumePrefix(&host, "[") && !absl::ConsumeSuffix(&host, "]")) return NotALocation();
-  if (host.empty() || endpoint.port < 1 || endpoint.port > 65535) return NotALocation();
-  endpoint.host = std::string(host);
-  return endpoint;
+  std::optional<HostPort> parsed = ParseHostPort(text);
+  if (!parsed.has_value() || parsed->host.empty() || parsed->port == 0) return NotALocation();
+  return RedisEndpoint{std::move(parsed->host), parsed->port};
 }
 
 }  // namespace
 
 std::string EndpointText(const RedisEndpoint& endpoint) { return absl::StrCat(endpoint.host, ":", endpoint.port); }
 
-absl::StatusOr<RedisLocation> ParseRedisLocation(absl::string_view url) {
-  absl::string_view rest = url;
-  RedisLocation location;
-  location.cluster = absl::ConsumePrefix(&rest, "redis-cluster://");
-  if (!location.cluster && !absl::ConsumePrefix(&rest, "redis://")) return NotALocation();
-  absl::ConsumeSuffix(&rest, "/");
-  const size_t at = rest.rfind('@');
-  if (at != absl::string_view::npos) {
-    const absl::string_view login = rest.substr(0, at);
+std::optional<RedisLocationText> SplitRedisLocation(absl::string_view location) {
+  for (const absl::string_view scheme : {kScheme, kClusterScheme}) {
+    if (!absl::StartsWith(location, scheme)) continue;
+    RedisLocationText text{.scheme = scheme, .endpoints = location.substr(scheme.size())};
+    const size_t at = text.endpoints.rfind('@');
+    if (at == absl::string_view::npos) return text;
+    const absl::string_view login = text.endpoints.substr(0, at);
     const size_t colon = login.find(':');
-    if (colon == absl::string_view::npos) return NotALocation();
-    ASSIGN_OR_RETURN(location.login.user, PercentDecode(login.substr(0, colon)));
-    ASSIGN_OR_RETURN(location.login.password, PercentDecode(login.substr(colon + 1)));
-    rest.remove_prefix(at + 1);
+    text.user = login.substr(0, colon);
+    if (colon != absl::string_view::npos) text.password = login.substr(colon + 1);
+    text.endpoints.remove_prefix(at + 1);
+    return text;
   }
-  for (const absl::string_view text : absl::StrSplit(rest, ',')) {
-    ASSIGN_OR_RETURN(RedisEndpoint endpoint, ParseEndpoint(text));
+  return std::nullopt;
+}
+
+absl::StatusOr<RedisLocation> ParseRedisLocation(absl::string_view url) {
+  std::optional<RedisLocationText> text = SplitRedisLocation(url);
+  if (!text.has_value() || text->user.has_value() != text->password.has_value()) return NotALocation();
+  RedisLocation location;
+  location.cluster = text->scheme == kClusterScheme;
+  ASSIGN_OR_RETURN(location.login.user, PercentDecode(text->user.value_or("")));
+  ASSIGN_OR_RETURN(location.login.password, PercentDecode(text->password.value_or("")));
+  absl::ConsumeSuffix(&text->endpoints, "/");
+  for (const absl::string_view endpoint_text : absl::StrSplit(text->endpoints, ',')) {
+    ASSIGN_OR_RETURN(RedisEndpoint endpoint, ParseEndpoint(endpoint_text));
     location.endpoints.push_back(std::move(endpoint));
   }
   if (!location.cluster && location.endpoints.size() > 1) return NotALocation();

@@ -1,6 +1,7 @@
 // Where a Redis or a Redis Cluster is, and as whom to log in there.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -22,6 +23,16 @@ struct RedisLogin {
   std::string user;      // empty: Redis's default user
   std::string password;  // empty: no AUTH
 };
+
+// The parts of a location of Redis as they are written: "SCHEME[USER[:PASSWORD]@]ENDPOINTS", percent-encoded.
+struct RedisLocationText {
+  absl::string_view scheme;  // "redis://" or "redis-cluster://"
+  std::optional<absl::string_view> user, password;
+  absl::string_view endpoints;
+};
+
+// nullopt: it begins with no scheme of Redis. No part is checked.
+std::optional<RedisLocationText> SplitRedisLocation(absl::string_view location);
 
 struct RedisLocation {
   bool cluster = false;

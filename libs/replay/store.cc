@@ -7,6 +7,7 @@
 #include "libs/replay/chunk_text.h"
 #include "libs/replay/file_store.h"
 #include "libs/replay/memory_store.h"
+#include "libs/replay/redis_location.h"
 #include "libs/replay/redis_store.h"
 #include "libs/replay/store_password.h"
 
@@ -15,9 +16,7 @@ namespace {
 
 bool IsMemory(const std::string& location) { return location == "memory:"; }
 
-bool IsRedis(const std::string& location) {
-  return absl::StartsWith(location, "redis://") || absl::StartsWith(location, "redis-cluster://");
-}
+bool IsRedis(const std::string& location) { return SplitRedisLocation(location).has_value(); }
 
 bool IsFile(const std::string& location, std::string& folder) {
   absl::string_view rest = location;

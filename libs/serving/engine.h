@@ -74,7 +74,4 @@ class InferenceEngine {
   prometheus::Counter& non_finite_plans_;
 };
 
-// "cpu", "cuda" or "cuda:1". INVALID_ARGUMENT for anything else or a device that is not there.
-absl::StatusOr<torch::Device> ParseDevice(const std::string& name);
-
 }  // namespace orrery

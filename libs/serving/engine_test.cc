@@ -443,12 +443,5 @@ TEST_F(DiscreteEngineTest, ChecksOneHotActions) {
   EXPECT_THAT(Check(slot), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("one-hot")));
 }
 
-TEST(ParseDeviceTest, TakesCpuAndRefusesTheRest) {
-  EXPECT_OK(ParseDevice("cpu"));
-  EXPECT_THAT(ParseDevice("tpu9"), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("\"tpu9\": expected cpu")));
-  EXPECT_THAT(ParseDevice(""), StatusIs(absl::StatusCode::kInvalidArgument));
-  EXPECT_THAT(ParseDevice("cuda:99"), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("not there")));
-}
-
 }  // namespace
 }  // namespace orrery

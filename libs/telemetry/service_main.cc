@@ -5,12 +5,12 @@
 
 #include <algorithm>
 #include <iostream>
+#include <optional>
+#include <utility>
 
-#include "absl/strings/match.h"
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/strip.h"
 #include "absl/time/clock.h"
+#include "libs/base/host_port.h"
 #include "libs/base/log.h"
 #include "libs/base/shutdown.h"
 #include "libs/base/status.h"
@@ -44,32 +44,19 @@ void PrintError(const std::string& program, std::string message) {
   std::cerr << program << ": error: " << message << std::endl;
 }
 
-struct Endpoint {
-  std::string host;  // without brackets
-  int port = 0;
-  std::string text() const {
-    return absl::StrContains(host, ':') ? absl::StrCat("[", host, "]:", port) : absl::StrCat(host, ":", port);
-  }
-};
-
 // Where to reach, from the same machine, what listens on `listen`.
-absl::StatusOr<Endpoint> ReachableAt(const std::string& listen) {
-  const size_t colon = listen.rfind(':');
-  Endpoint endpoint;
-  if (!absl::SimpleAtoi(listen.substr(colon == std::string::npos ? 0 : colon + 1), &endpoint.port) || endpoint.port < 1 ||
-      endpoint.port > 65535) {
+absl::StatusOr<HostPort> ReachableAt(const std::string& listen) {
+  std::optional<HostPort> endpoint = ParseHostPort(listen);
+  if (!endpoint.has_value() || endpoint->port == 0) {
     return absl::InvalidArgumentError(
         absl::StrCat("--healthcheck cannot ask \"", listen, "\": expected HOST:PORT with a port of 1 to 65535"));
   }
-  absl::string_view host = absl::string_view(listen).substr(0, colon == std::string::npos ? 0 : colon);
-  if (absl::ConsumePrefix(&host, "[")) absl::ConsumeSuffix(&host, "]");
-  const bool every_interface = host.empty() || host == "0.0.0.0" || host == "::";
-  endpoint.host = every_interface ? "127.0.0.1" : std::string(host);
-  return endpoint;
+  if (endpoint->host.empty() || endpoint->host == "0.0.0.0" || endpoint->host == "::") endpoint->host = "127.0.0.1";
+  return *std::move(endpoint);
 }
 
 // grpc.health.v1.Health.Check and its messages (one string; one enum) by hand: no generated code is installed for them.
-absl::Status AskHealthService(const Endpoint& endpoint) {
+absl::Status AskHealthService(const HostPort& endpoint) {
   grpc::ChannelArguments arguments;
   arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
   grpc::GenericStub stub(grpc::CreateCustomChannel(endpoint.text(), grpc::InsecureChannelCredentials(), arguments));
@@ -99,7 +86,7 @@ absl::Status AskHealthService(const Endpoint& endpoint) {
   return absl::UnavailableError(absl::StrCat("not ready, says the health service at ", endpoint.text()));
 }
 
-absl::Status AskMetricsServer(const Endpoint& endpoint) {
+absl::Status AskMetricsServer(const HostPort& endpoint) {
   static const unsigned library = mg_init_library(0);
   (void)library;
   char error[256] = "";
@@ -174,14 +161,14 @@ int RunProgram(int argc, const char* const* argv, CLI::App& app, const std::stri
 absl::StatusOr<std::string> AskReadiness(const CommonFlags& flags) {
   for (const std::string& listen : {flags.health_listen, flags.listen}) {
     if (listen.empty()) continue;
-    ASSIGN_OR_RETURN(const Endpoint endpoint, ReachableAt(listen));
+    ASSIGN_OR_RETURN(const HostPort endpoint, ReachableAt(listen));
     RETURN_IF_ERROR(AskHealthService(endpoint));
     return endpoint.text();
   }
   if (flags.metrics_listen.empty()) {
     return absl::InvalidArgumentError("--healthcheck needs an address to ask: --health_listen, --listen or --metrics_listen");
   }
-  ASSIGN_OR_RETURN(const Endpoint endpoint, ReachableAt(flags.metrics_listen));
+  ASSIGN_OR_RETURN(const HostPort endpoint, ReachableAt(flags.metrics_listen));
   RETURN_IF_ERROR(AskMetricsServer(endpoint));
   return endpoint.text();
 }

@@ -239,6 +239,13 @@ LatentState WorldModel::InitialState(int64_t n) const {
 }
 
 TensorMap WorldModel::Preprocess(const TensorMap& stored, c10::optional<torch::Generator> generator) const {
+  if (!generator.has_value() || !generator->defined()) return Preprocess(stored, PixelNoise());
+  return Preprocess(stored, [&](const Tensor& pictures) {
+    return at::rand(pictures.sizes(), *generator, pictures.options().dtype(at::kFloat));
+  });
+}
+
+TensorMap WorldModel::Preprocess(const TensorMap& stored, const PixelNoise& noise) const {
   TensorMap out;
   for (const ModalityNet& net : impl_->modalities) {
     const auto it = stored.find(net.name);
@@ -254,7 +261,7 @@ TensorMap WorldModel::Preprocess(const TensorMap& stored, c10::optional<torch::G
       x.mul_(1.0 / 255).sub_(0.5);
     } else {
       x.mul_(1.0 / (1 << (8 - bits))).floor_();
-      if (generator.has_value() && generator->defined()) x.add_(at::rand_like(x, *generator));
+      if (noise != nullptr) x.add_(noise(it->second).movedim(-1, -3));
       x.mul_(1.0 / (1 << bits)).sub_(0.5);
     }
     out.emplace(net.name, x);

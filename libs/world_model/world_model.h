@@ -6,6 +6,7 @@
 
 #include <torch/torch.h>
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -22,6 +23,8 @@
 namespace orrery {
 
 using TensorMap = std::map<std::string, torch::Tensor>;
+// Uniform noise in [0, 1), float32, of the shape of the pictures that it is given ([N…, H, W, C]).
+using PixelNoise = std::function<torch::Tensor(const torch::Tensor& pictures)>;
 
 // Latent state of N agents.
 struct LatentState {
@@ -113,8 +116,9 @@ class WorldModel : public torch::nn::Module {
   // Zeros.
   LatentState InitialState(int64_t n) const;
   // Stored observations (images [N…, H, W, C] uint8, vectors float32) to what the encoder takes (images [N…, C, H, W]
-  // float32): quantisation to `bits` with fresh uniform noise from `generator` (undefined: no noise, as 8 bits). On the
-  // device of what is given, where the generator must be, too.
+  // float32): quantisation to `bits`, then uniform noise of one step (none: no noise, as 8 bits). On the device of what is given.
+  TensorMap Preprocess(const TensorMap& stored, const PixelNoise& noise) const;
+  // With fresh noise from `generator` (undefined: none), which must be on the device of what is given.
   TensorMap Preprocess(const TensorMap& stored, c10::optional<torch::Generator> generator) const;
   // Of preprocessed observations without time dimension ([N, C, H, W]). `available` [N] bool by modality; one without an
   // entry is there for all. A modality that is missing from `observations` is there for none; `n` is needed when all are.

@@ -12,16 +12,17 @@
 #include <thread>
 #include <utility>
 
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/notification.h"
 #include "absl/time/clock.h"
 #include "libs/base/cpu.h"
+#include "libs/base/host_port.h"
 #include "libs/base/log.h"
 #include "libs/base/shutdown.h"
 #include "libs/base/status.h"
 #include "libs/client/channel.h"
 #include "libs/config/config.h"
+#include "libs/device/parse_device.h"
 #include "libs/learning/complete_model.h"
 #include "libs/learning/data_parallel.h"
 #include "libs/learning/learner.h"
@@ -89,8 +90,8 @@ absl::StatusOr<std::unique_ptr<DataParallel>> Join(const DataParallel::Options& 
   return group;
 }
 
-// The group that torchrun's variables name; null: none. Ranks of one machine that were started with the same flags get a GPU and
-// ports each.
+// The group that torchrun's variables name; null: none. Ranks of one machine that were started with the same flags get a GPU
+// each, and ports for health and metrics.
 absl::StatusOr<std::unique_ptr<DataParallel>> JoinGroup(LearnerFlags& flags, torch::Device& device) {
   ASSIGN_OR_RETURN(std::optional<DataParallel::Options> options, DataParallel::FromEnvironment());
   if (!options.has_value()) return nullptr;
@@ -99,11 +100,11 @@ absl::StatusOr<std::unique_ptr<DataParallel>> JoinGroup(LearnerFlags& flags, tor
     return absl::InvalidArgumentError(absl::StrCat("LOCAL_RANK is ", options->local_rank, ", but there is no GPU ", device.str()));
   }
   if (options->rank != 0) flags.common.listen = "127.0.0.1:0";  // serves nothing: planners are given rank 0's address
-  for (std::string* address : {&flags.common.listen, &flags.common.health_listen, &flags.common.metrics_listen}) {
-    const size_t colon = address->rfind(':');
-    int port = 0;
-    if (colon == std::string::npos || !absl::SimpleAtoi(address->substr(colon + 1), &port) || port == 0) continue;
-    *address = absl::StrCat(address->substr(0, colon + 1), port + kPortsBetweenRanks * options->local_rank);
+  for (std::string* address : {&flags.common.health_listen, &flags.common.metrics_listen}) {
+    const std::optional<HostPort> given = ParseHostPort(*address);
+    if (!given.has_value() || given->port == 0) continue;
+    const int port = given->port + kPortsBetweenRanks * options->local_rank;
+    *address = absl::StrCat(address->substr(0, address->rfind(':') + 1), port);
   }
   options->device = device;
   options->limit = absl::Seconds(flags.rank_limit);
@@ -115,16 +116,6 @@ std::string MakeLearnerId() {
   char host[65] = "";
   gethostname(host, sizeof(host) - 1);
   return absl::StrCat("learner-", host, "-", getpid(), "-", absl::Hex(std::random_device{}()));
-}
-
-absl::StatusOr<torch::Device> ParseDevice(const std::string& name) {
-  return CatchExceptions(absl::StrCat("--device=", name), [&]() -> absl::StatusOr<torch::Device> {
-    const torch::Device device(name);
-    if (!device.is_cpu() && !(device.is_cuda() && torch::cuda::is_available())) {
-      return absl::InvalidArgumentError(absl::StrCat("--device=", name, " is not there; expected cpu, cuda or cuda:N"));
-    }
-    return device;
-  });
 }
 
 // The learning curve as learner.csv and events in one folder; opened at the first update, when it is known where learning

@@ -15,6 +15,7 @@
 #include "libs/base/status.h"
 #include "libs/client/chunk_proto.h"
 #include "libs/client/status.h"
+#include "libs/device/parse_device.h"
 #include "libs/serving/batcher.h"
 #include "libs/serving/engine.h"
 #include "libs/tensors/tensors.h"

@@ -13,6 +13,7 @@
 #include "absl/time/clock.h"
 #include "libs/base/cpu.h"
 #include "libs/base/status.h"
+#include "libs/device/parse_device.h"
 #include "libs/learning/complete_model.h"
 #include "libs/learning/trainer.h"
 #include "libs/planning/planner.h"

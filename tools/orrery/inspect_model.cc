@@ -9,6 +9,7 @@
 #include "absl/strings/str_replace.h"
 #include "libs/base/array.h"
 #include "libs/base/status.h"
+#include "libs/device/parse_device.h"
 #include "libs/learning/update.h"
 #include "libs/planning/planner.h"
 #include "libs/serving/engine.h"

@@ -46,8 +46,13 @@ class TinyEnvironment : public Environment {
   int step_ = 0;
 };
 
+// Serves until it is destroyed.
 class FakePlanner : public planner::v1::PlannerService::Service {
  public:
+  FakePlanner() : server_(grpc::ServerBuilder().RegisterService(this).BuildAndStart()) {}
+  ~FakePlanner() override { server_->Shutdown(); }
+  std::shared_ptr<grpc::Channel> channel() { return server_->InProcessChannel({}); }
+
   grpc::Status Act(grpc::ServerContext*, const planner::v1::ActRequest* request,
                    planner::v1::ActResponse* response) override {
     requests.push_back(*request);
@@ -65,6 +70,9 @@ class FakePlanner : public planner::v1::PlannerService::Service {
   }
   int action_size = 2;
   std::vector<planner::v1::ActRequest> requests;
+
+ private:
+  const std::unique_ptr<grpc::Server> server_;  // last: it calls the rest
 };
 
 TEST(Evaluate, GivesEveryPolicyTheSameSeeds) {
@@ -83,11 +91,8 @@ TEST(Evaluate, GivesEveryPolicyTheSameSeeds) {
 
 TEST(PlannerPolicy, CarriesTheBeliefThroughAnEpisodeAndAsksForNoNoise) {
   FakePlanner planner;
-  grpc::ServerBuilder builder;
-  builder.RegisterService(&planner);
-  const std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
   TinyEnvironment environment;
-  PlannerPolicy policy(server->InProcessChannel({}), environment.spec().action);
+  PlannerPolicy policy(planner.channel(), environment.spec().action);
   ASSERT_OK_AND_ASSIGN(const Evaluation evaluation, Evaluate(environment, policy, 2, 1));
   EXPECT_EQ(evaluation.returns, (std::vector<double>{1.0, 1.0}));
   EXPECT_EQ(policy.version(), (SnapshotVersion{2, 7}));
@@ -102,50 +107,37 @@ TEST(PlannerPolicy, CarriesTheBeliefThroughAnEpisodeAndAsksForNoNoise) {
     EXPECT_EQ(planner.requests[i].priority(), planner::v1::EVALUATION);
   }
   EXPECT_NE(planner.requests[0].slots(0).seed(), planner.requests[1].slots(0).seed());
-  server->Shutdown();
 }
 
 TEST(PlannerPolicy, AsksForItsModel) {
   FakePlanner planner;
-  grpc::ServerBuilder builder;
-  builder.RegisterService(&planner);
-  const std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
   TinyEnvironment environment;
-  PlannerPolicy policy(server->InProcessChannel({}), environment.spec().action, "challenger");
+  PlannerPolicy policy(planner.channel(), environment.spec().action, "challenger");
   ASSERT_OK(Evaluate(environment, policy, 1, 1));
   ASSERT_OK_AND_ASSIGN(const planner::v1::GetModelResponse model, policy.Model());
   EXPECT_EQ(model.model(), "challenger");
   ASSERT_EQ(planner.requests.size(), 2u);
   for (const auto& request : planner.requests) EXPECT_EQ(request.model(), "challenger");
-  server->Shutdown();
 }
 
 TEST(BlindPolicy, HidesModalities) {
   FakePlanner planner;
-  grpc::ServerBuilder builder;
-  builder.RegisterService(&planner);
-  const std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
   TinyEnvironment environment;
-  PlannerPolicy seeing(server->InProcessChannel({}), environment.spec().action);
+  PlannerPolicy seeing(planner.channel(), environment.spec().action);
   BlindPolicy blind(seeing, {"position"});
   ASSERT_OK(Evaluate(environment, blind, 1, 1));
   ASSERT_EQ(planner.requests.size(), 2u);
   for (const auto& request : planner.requests) EXPECT_EQ(request.slots(0).observations_size(), 0);
   EXPECT_EQ(planner.requests[1].slots(0).belief(), "belief-1");
-  server->Shutdown();
 }
 
 TEST(PlannerPolicy, RefusesAnActionOfAnotherSize) {
   FakePlanner planner;
   planner.action_size = 3;
-  grpc::ServerBuilder builder;
-  builder.RegisterService(&planner);
-  const std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
   TinyEnvironment environment;
-  PlannerPolicy policy(server->InProcessChannel({}), environment.spec().action);
+  PlannerPolicy policy(planner.channel(), environment.spec().action);
   EXPECT_THAT(Evaluate(environment, policy, 1, 1),
               StatusIs(absl::StatusCode::kInternal, testing::HasSubstr("3 numbers, expected 1 with 2")));
-  server->Shutdown();
 }
 
 TEST(Mean, AndSampleDeviation) {

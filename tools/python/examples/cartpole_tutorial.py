@@ -33,9 +33,8 @@ import orrery
 # Everything that the programs need to know is one text file. What is left out has a default (proto/orrery/config/v1 explains
 # every field). Four things are this task's own:
 # - Every step is rewarded alike, so what matters is how long the episode goes on. The model gets a head that predicts this
-#   (`continue_head`), and an actor and a value (`behavior`) that are learned in imagination, where what follows an end does
-#   not count. The planners that search (cem, …) add up predicted rewards, ends or not: they would see no difference between
-#   plans here.
+#   (`continue_head`): what follows an end does not count, neither for planners that search (cem, …) nor where an actor and a
+#   value (`behavior`) are learned in imagination. The latter, used here, look further than a search's horizon.
 # - The choice is discrete, and so the actor's gradient is REINFORCE.
 # - An angle of 0.2 is all there is between upright and fallen. A reconstruction loss of squared errors hardly sees it at a
 #   weight of 1, so `scale` (in make_experiment) gives the four numbers a weight of 100.
