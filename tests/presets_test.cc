@@ -8,6 +8,7 @@
 #include "libs/base/testing.h"
 #include "libs/config/config.h"
 #include "libs/learning/complete_model.h"
+#include "libs/learning/mirror.h"
 #include "libs/learning/trainer.h"
 #include "libs/planning/planner.h"
 
@@ -51,6 +52,16 @@ TEST_P(PresetTest, LearnsAndPlans) {
   EXPECT_EQ(plan.action.sizes(), (at::IntArrayRef{1, ActionSize(model)}));
   EXPECT_LE(plan.action.abs().max().item<float>(), 1);
   EXPECT_EQ(plan.non_finite_plans, 0);
+}
+
+TEST_P(PresetTest, FitsIntoTheMirror) {
+  ASSERT_OK_AND_ASSIGN(const config::v1::Experiment preset, LoadExperiment(SourceFile("configs/" + GetParam() + ".textproto")));
+  ASSERT_OK_AND_ASSIGN(const config::v1::Experiment experiment, CompleteExperiment(preset));
+  Mirror::Options options;
+  options.model = experiment.model();
+  options.max_rows = experiment.replay().max_rows();
+  options.max_bytes = experiment.learning().mirror_bytes();
+  EXPECT_OK(Mirror::Create(options));
 }
 
 INSTANTIATE_TEST_SUITE_P(Configs, PresetTest, ::testing::ValuesIn(Presets()), [](const auto& which) { return which.param; });
