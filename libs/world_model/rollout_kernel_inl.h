@@ -108,9 +108,9 @@ ORRERY_INLINE Vec Log(Vec x) {
   return __builtin_convertvector(exponent, Vec) * 0.693147181f + Log1p(fraction - 1.0f);
 }
 
-// By Newton's iteration for 1 / sqrt(x), from a guess by the exponent.
+// Of x >= 0, also of -0. By Newton's iteration for 1 / sqrt(x), from a guess by the exponent.
 ORRERY_INLINE Vec Sqrt(Vec x) {
-  Vec root = (Vec)(0x5f3759df - ((Int)x >> 1));
+  Vec root = (Vec)(0x5f3759dfu - ((Bits)x >> 1));
   for (int i = 0; i < 3; ++i) root = root * (1.5f - 0.5f * x * root * root);
   return x * root;
 }
