@@ -1,5 +1,5 @@
 // Logging to standard error: lifecycle, configuration and degraded states; nothing per step. `key=value` for context.
-//
+// Within a TraceScope (trace.h) a line ends with ` trace_id=…`.
 //   LogInfo("replay ready address={} chunks={}", address, chunks);
 #pragma once
 

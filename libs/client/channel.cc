@@ -8,6 +8,7 @@
 #include "absl/time/clock.h"
 #include "libs/base/status.h"
 #include "libs/client/status.h"
+#include "libs/client/trace.h"
 
 namespace orrery {
 namespace {
@@ -63,11 +64,13 @@ absl::Duration Backoff::Next() {
 }
 
 absl::Status Retry(absl::Time deadline, RetryOptions options, const std::function<grpc::Status(grpc::ClientContext&)>& call) {
+  const TraceScope trace(TraceHere());  // of all tries
   while (true) {
     const absl::Time now = absl::Now();
     const absl::Time until = std::min(deadline, now + std::max((deadline - now) / 2, options.shortest_try));
     grpc::ClientContext context;
     context.set_deadline(absl::ToChronoTime(until));
+    SendTrace(context);
     const absl::Status status = FromGrpc(call(context));
     const bool hung = absl::IsDeadlineExceeded(status) && until < deadline;
     if (!hung && !options.again(status.code())) return status;

@@ -13,6 +13,7 @@
 #include "libs/client/chunk_proto.h"
 #include "libs/client/replay_client.h"
 #include "libs/client/status.h"
+#include "libs/client/trace.h"
 
 namespace orrery {
 namespace {
@@ -66,6 +67,7 @@ class ChunkWatcherImpl : public ChunkWatcher {
   void Run() {
     Backoff backoff;
     while (true) {
+      const TraceScope trace(NewTrace());
       const absl::Status status = Watch(backoff);
       const bool too_old = absl::IsOutOfRange(status);
       if (too_old) cursor_.clear();
@@ -86,6 +88,7 @@ class ChunkWatcherImpl : public ChunkWatcher {
   // Reads one stream to its end.
   absl::Status Watch(Backoff& backoff) {
     grpc::ClientContext context;
+    SendTrace(context);
     {
       absl::MutexLock lock(&mu_);
       if (closed_) return absl::CancelledError("closed");

@@ -65,7 +65,8 @@ class ReplayWriter {
   static std::unique_ptr<ReplayWriter> Create(std::shared_ptr<grpc::Channel> channel, std::string run, Options options);
   virtual ~ReplayWriter() = default;
   // Queues a chunk; waits while it would not fit (one chunk always fits alone). DEADLINE_EXCEEDED: still full then.
-  // ALREADY_EXISTS and other final errors of the service are returned by every later call about the same episode.
+  // ALREADY_EXISTS and other final errors of the service are returned by every later call about the same episode. The chunk
+  // carries the calling thread's trace (libs/base/trace.h).
   virtual absl::Status Append(Chunk chunk, absl::Time deadline) = 0;
   // Waits until everything queued is acknowledged.
   virtual absl::Status Flush(absl::Time deadline) = 0;

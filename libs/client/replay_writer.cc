@@ -13,6 +13,7 @@
 #include "libs/client/chunk_proto.h"
 #include "libs/client/replay_client.h"
 #include "libs/client/status.h"
+#include "libs/client/trace.h"
 
 namespace orrery {
 namespace {
@@ -53,6 +54,7 @@ class ReplayWriterImpl : public ReplayWriter {
     std::string payload = std::move(chunk.payload);
     *request->mutable_chunk() = ToProto(chunk);
     request->mutable_chunk()->set_payload(std::move(payload));
+    if (const TraceContext trace = CurrentTrace(); trace.valid()) request->set_traceparent(trace.Child().traceparent());
     const int64_t bytes = static_cast<int64_t>(request->ByteSizeLong());
     absl::MutexLock lock(&mu_);
     while (true) {
@@ -102,6 +104,7 @@ class ReplayWriterImpl : public ReplayWriter {
   void Run() {
     Backoff backoff;
     while (AwaitWork()) {
+      const TraceScope trace(NewTrace());  // of the stream; the chunks have those of their episodes
       const absl::Status status = RunStream(backoff);
       absl::MutexLock lock(&mu_);
       if (closed_) return;
@@ -129,6 +132,7 @@ class ReplayWriterImpl : public ReplayWriter {
   // Opens a stream and sends on it until it breaks or the writer is closed.
   absl::Status RunStream(Backoff& backoff) {
     grpc::ClientContext context;
+    SendTrace(context);
     {
       absl::MutexLock lock(&mu_);
       if (closed_) return absl::CancelledError("closed");
@@ -198,6 +202,11 @@ class ReplayWriterImpl : public ReplayWriter {
     return true;
   }
 
+  // Of the oldest chunk; the stream's where it has none.
+  TraceContext TraceOfFirst() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    return ParseTraceparent(queue_.front().request->traceparent()).value_or(CurrentTrace());
+  }
+
   // A final error is about the oldest chunk sent and not acknowledged: its episode is given up, the others go on.
   void HandleEnd(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
     const bool about_chunk = IsFinalError(status.code()) && sent_ > 0;
@@ -208,7 +217,10 @@ class ReplayWriterImpl : public ReplayWriter {
     sent_ = 0;
     if (!about_chunk) return;
     const int64_t episode = queue_.front().request->chunk().episode_id();
-    LogError("replay refused episode={} error=\"{}\"", episode, status.ToString());
+    {
+      const TraceScope trace(TraceOfFirst());
+      LogError("replay refused episode={} error=\"{}\"", episode, status.ToString());
+    }
     failures_[episode] = status;
     if (failures_.size() > kMaxFailuresKept) failures_.erase(failures_.begin());
     if (unreported_failure_.ok()) unreported_failure_ = status;

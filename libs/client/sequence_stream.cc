@@ -14,6 +14,7 @@
 #include "libs/client/channel.h"
 #include "libs/client/chunk_proto.h"
 #include "libs/client/status.h"
+#include "libs/client/trace.h"
 #include "libs/replay/sequence_batch.h"
 
 namespace orrery {
@@ -105,6 +106,7 @@ class SequenceStreamImpl : public SequenceStream {
     request.set_seed(options.seed);
     *request.mutable_sampler() = options.sampler;
     request.set_as_chunks(true);
+    SendTrace(context_);
     stream_ = stub_->SampleSequences(&context_, request);
     ahead_ = std::clamp(options.threads, 1, kMaxThreads);
     for (int i = 0; i < ahead_; ++i) {

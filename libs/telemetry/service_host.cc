@@ -14,6 +14,7 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "libs/base/status.h"
+#include "libs/telemetry/call_trace.h"
 #include "libs/telemetry/metrics_server.h"
 
 namespace orrery {
@@ -90,6 +91,7 @@ absl::StatusOr<Listening> Listen(const std::string& address, const std::vector<g
   builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 5'000);  // clients ping every 10 s
   LimitConnections(options, builder);
   builder.SetOption(std::make_unique<CollectNames>(&result.service_names));
+  builder.experimental().SetInterceptorCreators(MakeCallInterceptors());
   if (!address.empty()) builder.AddListeningPort(address, grpc::InsecureServerCredentials(), &result.port);
   for (grpc::Service* service : services) builder.RegisterService(service);
   result.server = builder.BuildAndStart();

@@ -4,13 +4,16 @@
 #include <cmath>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "libs/base/log.h"
 #include "libs/base/random.h"
 #include "libs/base/status.h"
 #include "libs/client/status.h"
+#include "libs/client/trace.h"
 #include "libs/replay/chunk_codec.h"
 #include "libs/replay/chunk_text.h"
+#include "libs/telemetry/call_trace.h"
 #include "libs/telemetry/metrics.h"
 
 namespace orrery {
@@ -199,6 +202,7 @@ void Actor::Finish() {
     if (!player.running) continue;
     player.running = false;
     if (player.rows.empty()) continue;  // it has not started
+    const TraceScope trace(player.trace);
     // No return to report: it was not played to its end.
     const absl::Status status = SendRows(player, EpisodeEnd::kTruncated);
     if (!status.ok()) LogWarning("episode cut short could not be sent: {}", status.ToString());
@@ -221,6 +225,8 @@ absl::StatusOr<bool> Actor::BeginEpisodes() {
                          });
       if (alone || absl::Now() < next_begin_) break;
     }
+    player.trace = NewTrace();
+    const TraceScope trace(player.trace);
     auto episode = replay_->BeginEpisode(options_.actor_id, specification_hash_,
                                          absl::Now() + (running > 0 ? kBriefWait : kSlice));
     if (!episode.ok() && !IsTransient(episode.status())) return Annotate(episode.status(), "beginning an episode");
@@ -285,6 +291,7 @@ absl::Status Actor::Collect() {
   for (VectorResult& result : environments_->Take(patience, /*at_least=*/can_act ? 0 : 1, deadline)) {
     Player& player = players_[result.index];
     if (!player.running) continue;  // Finish has ended the episode
+    const TraceScope trace(player.trace);
     if (!player.rows.empty()) metrics_->step_seconds.Observe(absl::ToDoubleSeconds(result.duration));
     RETURN_IF_ERROR(Advance(player, std::move(result.step)));
   }
@@ -332,6 +339,15 @@ absl::StatusOr<bool> Actor::DecideTogether(const std::vector<size_t>& players, s
   return true;
 }
 
+void Actor::SendTraces(const std::vector<Player*>& planned, grpc::ClientContext& context) {
+  SendTrace(context);
+  std::string others;
+  for (size_t i = 1; i < std::min(planned.size(), kMaxTraceLinks + 1); ++i) {
+    absl::StrAppend(&others, others.empty() ? "" : ",", planned[i]->trace.trace_id());
+  }
+  if (!others.empty()) context.AddMetadata(kTraceLinksKey, others);
+}
+
 absl::Status Actor::ActOnce(const std::vector<Player*>& planned, planner::v1::ActResponse& response) {
   planner::v1::ActRequest request;
   request.set_client_id(options_.actor_id);
@@ -353,6 +369,7 @@ absl::Status Actor::ActOnce(const std::vector<Player*>& planned, planner::v1::Ac
   }
   grpc::ClientContext context;
   context.set_deadline(absl::ToChronoTime(absl::Now() + options_.act_timeout));
+  SendTraces(planned, context);
   {
     absl::MutexLock lock(&mu_);
     if (stopped_) return absl::CancelledError("stopped");
@@ -367,6 +384,7 @@ absl::Status Actor::ActOnce(const std::vector<Player*>& planned, planner::v1::Ac
 }
 
 absl::StatusOr<bool> Actor::Act(const std::vector<Player*>& planned, planner::v1::ActResponse& response) {
+  const TraceScope trace(planned[0]->trace);
   absl::Status status = ActOnce(planned, response);
   const bool has_belief =
       std::any_of(planned.begin(), planned.end(), [](const Player* p) { return !p->belief.empty(); });
@@ -401,6 +419,7 @@ absl::StatusOr<bool> Actor::Act(const std::vector<Player*>& planned, planner::v1
 }
 
 absl::Status Actor::Execute(Player& player, Decision decision) {
+  const TraceScope trace(player.trace);
   const absl::Status begun = environments_->Step(player.index, decision.action);
   if (!begun.ok()) return Fail(player, begun);
   player.decision = std::move(decision);

@@ -16,6 +16,7 @@
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "libs/base/trace.h"
 #include "libs/client/channel.h"
 #include "libs/client/replay_client.h"
 #include "libs/config/config.h"
@@ -101,6 +102,7 @@ class Actor {
     bool running = false;                         // an episode was begun
     Decision decision;                            // that the environment executes
     EpisodeAssignment assignment;
+    TraceContext trace;  // of the episode: all calls and log lines about it
     absl::Time begin;
     std::mt19937_64 random;    // RANDOM: actions
     std::string belief;        // empty: the planner begins a new one
@@ -130,6 +132,8 @@ class Actor {
   absl::Status Collect();
   // One per player; no action where none waits for one or the planner does not answer now.
   absl::StatusOr<std::vector<Decision>> Decide();
+  // The call is in the first one's trace and names those of the others.
+  static void SendTraces(const std::vector<Player*>& planned, grpc::ClientContext& context);
   absl::Status ActOnce(const std::vector<Player*>& planned, planner::v1::ActResponse& response);
   // Asks for the players, who all have the same `pinned`, and takes their beliefs over. False: no answer now.
   absl::StatusOr<bool> DecideTogether(const std::vector<size_t>& players, std::vector<Decision>& decisions);

@@ -9,15 +9,31 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <set>
 #include <thread>
 
+#include "absl/strings/str_cat.h"
 #include "absl/synchronization/notification.h"
+#include "libs/base/log_testing.h"
 #include "libs/base/status.h"
 #include "libs/base/status_matchers.h"
+#include "libs/base/trace.h"
 #include "libs/replay/chunk_codec.h"
+#include "libs/telemetry/call_trace.h"
 
 namespace orrery {
 namespace {
+// Empty: it was not sent.
+std::string Metadata(const grpc::ServerContext& context, const std::string& key) {
+  const auto found = context.client_metadata().find(key);
+  return found == context.client_metadata().end() ? "" : std::string(found->second.data(), found->second.size());
+}
+
+// "" where that is no `traceparent`.
+std::string TraceIdOf(const std::string& traceparent) {
+  const std::optional<TraceContext> context = ParseTraceparent(traceparent);
+  return context.has_value() ? context->trace_id() : "";
+}
 
 // Counts its steps: "image" is filled with the step, "position" repeats the last action, the reward of step t is t.
 class CountingEnvironment : public Environment {
@@ -74,6 +90,7 @@ class FakeReplay : public replay::v1::ReplayService::Service {
   grpc::Status BeginEpisode(grpc::ServerContext* context, const replay::v1::BeginEpisodeRequest*,
                             replay::v1::BeginEpisodeResponse* response) override {
     absl::MutexLock lock(&mu_);
+    begun_.push_back(Metadata(*context, "traceparent"));
     while (hold_ && !context->IsCancelled()) changed_.WaitWithTimeout(&mu_, absl::Milliseconds(20));
     if (hold_) return {grpc::StatusCode::DEADLINE_EXCEEDED, "nothing may begin"};
     if (script_.empty()) {
@@ -99,6 +116,7 @@ class FakeReplay : public replay::v1::ReplayService::Service {
         absl::MutexLock lock(&mu_);
         if (request.chunk().episode_id() == refused_) return {grpc::StatusCode::ALREADY_EXISTS, "other contents"};
         chunks_.push_back(request.chunk());
+        appended_.emplace_back(request.chunk().episode_id(), request.traceparent());
       }
       replay::v1::AppendChunksResponse response;
       response.set_episode_id(request.chunk().episode_id());
@@ -123,6 +141,16 @@ class FakeReplay : public replay::v1::ReplayService::Service {
     absl::MutexLock lock(&mu_);
     return chunks_;
   }
+  // What came as `traceparent` with each call of BeginEpisode.
+  std::vector<std::string> begun() {
+    absl::MutexLock lock(&mu_);
+    return begun_;
+  }
+  // The same of each chunk, with its episode.
+  std::vector<std::pair<int64_t, std::string>> appended() {
+    absl::MutexLock lock(&mu_);
+    return appended_;
+  }
 
  private:
   absl::Mutex mu_;
@@ -131,6 +159,8 @@ class FakeReplay : public replay::v1::ReplayService::Service {
   bool hold_ ABSL_GUARDED_BY(mu_) = false;
   int64_t refused_ ABSL_GUARDED_BY(mu_) = 0;
   std::vector<replay::v1::Chunk> chunks_ ABSL_GUARDED_BY(mu_);
+  std::vector<std::string> begun_ ABSL_GUARDED_BY(mu_);
+  std::vector<std::pair<int64_t, std::string>> appended_ ABSL_GUARDED_BY(mu_);
 };
 
 // Answers with action (0.25, -0.5) and the belief "belief-N" for the N-th request; or with queued errors first.
@@ -140,6 +170,7 @@ class FakePlanner : public planner::v1::PlannerService::Service {
                    planner::v1::ActResponse* response) override {
     absl::MutexLock lock(&mu_);
     requests_.push_back(*request);
+    traces_.emplace_back(Metadata(*context, "traceparent"), Metadata(*context, kTraceLinksKey));
     changed_.SignalAll();
     while (hold_ && !context->IsCancelled()) changed_.WaitWithTimeout(&mu_, absl::Milliseconds(20));
     if (!errors_.empty()) {
@@ -176,6 +207,11 @@ class FakePlanner : public planner::v1::PlannerService::Service {
     absl::MutexLock lock(&mu_);
     return requests_;
   }
+  // `traceparent` and links of each request.
+  std::vector<std::pair<std::string, std::string>> traces() {
+    absl::MutexLock lock(&mu_);
+    return traces_;
+  }
 
  private:
   absl::Mutex mu_;
@@ -183,6 +219,7 @@ class FakePlanner : public planner::v1::PlannerService::Service {
   bool hold_ ABSL_GUARDED_BY(mu_) = false;
   std::deque<grpc::Status> errors_ ABSL_GUARDED_BY(mu_);
   std::vector<planner::v1::ActRequest> requests_ ABSL_GUARDED_BY(mu_);
+  std::vector<std::pair<std::string, std::string>> traces_ ABSL_GUARDED_BY(mu_);
 };
 
 class ActorTest : public testing::Test {
@@ -401,6 +438,60 @@ TEST_F(ActorTest, AsksOnceForAllEnvironments) {
     EXPECT_NE(request.slots(0).seed(), request.slots(1).seed());
   }
   for (int64_t id : {1, 2, 3}) EXPECT_EQ(Rows(id).at(kReward).size(), 10);
+}
+
+TEST_F(ActorTest, AnEpisodeIsOneTrace) {
+  replay_.Assign({{1, replay::v1::TRAIN, 1}, {2, replay::v1::EVALUATE, 2}});
+  std::vector<std::string> noted;
+  on_episode_ = [&noted] { noted.push_back(CurrentTrace().trace_id()); };
+  ASSERT_OK(MakeActor()->Run());
+  const std::vector<std::string> begun = replay_.begun();
+  ASSERT_EQ(begun.size(), 3u);  // the last one says that the run is complete
+  const std::string ids[] = {TraceIdOf(begun[0]), TraceIdOf(begun[1]), TraceIdOf(begun[2])};
+  EXPECT_EQ(std::set<std::string>(std::begin(ids), std::end(ids)).size(), 3u);
+  EXPECT_EQ(noted, (std::vector<std::string>{ids[0], ids[1]}));
+  std::set<std::string> spans(begun.begin(), begun.end());
+  const std::vector<std::pair<std::string, std::string>> asked = planner_.traces();
+  ASSERT_EQ(asked.size(), 18u);
+  for (size_t i = 0; i < asked.size(); ++i) {
+    const auto& [traceparent, links] = asked[i];
+    EXPECT_EQ(TraceIdOf(traceparent), ids[i / 9]) << i;
+    EXPECT_EQ(links, "");
+    EXPECT_TRUE(spans.insert(traceparent).second) << "each call is a span of its own";
+  }
+  ASSERT_EQ(replay_.appended().size(), 6u);
+  for (const auto& [episode, traceparent] : replay_.appended()) {
+    EXPECT_EQ(TraceIdOf(traceparent), ids[episode - 1]) << episode;
+    EXPECT_TRUE(spans.insert(traceparent).second);
+  }
+}
+
+TEST_F(ActorTest, ASharedRequestNamesTheTracesOfAllItsEpisodes) {
+  experiment_.mutable_learning()->set_schedule(config::v1::Learning::CONCURRENT);
+  experiment_.mutable_collection()->set_environments(3);
+  replay_.Assign({{1, replay::v1::TRAIN, 1}, {2, replay::v1::TRAIN, 2}, {3, replay::v1::TRAIN, 3}});
+  ASSERT_OK(MakeActor()->Run());
+  const std::vector<std::string> begun = replay_.begun();
+  ASSERT_GE(begun.size(), 3u);
+  ASSERT_EQ(planner_.traces().size(), 9u);
+  for (const auto& [traceparent, links] : planner_.traces()) {
+    EXPECT_EQ(TraceIdOf(traceparent), TraceIdOf(begun[0]));
+    EXPECT_EQ(links, absl::StrCat(TraceIdOf(begun[1]), ",", TraceIdOf(begun[2])));
+  }
+  for (const auto& [episode, traceparent] : replay_.appended()) {
+    EXPECT_EQ(TraceIdOf(traceparent), TraceIdOf(begun[static_cast<size_t>(episode - 1)])) << episode;
+  }
+}
+
+TEST_F(ActorTest, LogsARefusedEpisodeInItsTrace) {
+  CapturedLog log("warning");
+  replay_.Refuse(1);
+  replay_.Assign({{1, replay::v1::RANDOM, 1}});
+  ASSERT_OK(MakeActor()->Run());
+  ASSERT_FALSE(replay_.begun().empty());
+  const std::string id = TraceIdOf(replay_.begun()[0]);
+  ASSERT_NE(id, "");
+  EXPECT_THAT(log.Take(), ::testing::ContainsRegex(absl::StrCat("replay refused episode=1 [^\n]* trace_id=", id, "\n")));
 }
 
 // Whatever the number of environments, whoever is ready first.

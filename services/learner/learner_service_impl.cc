@@ -8,8 +8,10 @@
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "libs/base/log.h"
+#include "libs/base/trace.h"
 #include "libs/client/chunk_proto.h"
 #include "libs/client/status.h"
+#include "libs/telemetry/call_trace.h"
 
 namespace orrery {
 namespace {
@@ -26,11 +28,13 @@ constexpr size_t kMaxPlannerId = 128;
 class Subscription final : public grpc::ServerBidiReactor<SubscribeSnapshotsRequest, SubscribeSnapshotsResponse>,
                            public SnapshotPublisher::Subscriber {
  public:
-  Subscription(std::string run, SnapshotPublisher* publisher) : run_(std::move(run)), publisher_(publisher) {
+  Subscription(std::string run, SnapshotPublisher* publisher, const grpc::CallbackServerContext& context)
+      : run_(std::move(run)), publisher_(publisher), trace_(TraceOf(context)) {
     StartRead(&request_);
   }
 
   void OnReadDone(bool ok) override {
+    const TraceScope trace(trace_);
     if (!ok) {
       End(grpc::Status::OK);
       return;
@@ -66,6 +70,7 @@ class Subscription final : public grpc::ServerBidiReactor<SubscribeSnapshotsRequ
 
   void OnDone() override {
     publisher_->Unsubscribe(this);
+    const TraceScope trace(trace_);
     if (!planner_id_.empty()) LogInfo("planner left planner={}", planner_id_);
     delete this;
   }
@@ -126,6 +131,7 @@ class Subscription final : public grpc::ServerBidiReactor<SubscribeSnapshotsRequ
   // Constant after construction.
   const std::string run_;
   SnapshotPublisher* const publisher_;
+  const TraceContext trace_;  // of the call
   // Reads only, one at a time.
   SubscribeSnapshotsRequest request_;
   std::string planner_id_;  // empty until the first request
@@ -145,8 +151,8 @@ LearnerServiceImpl::LearnerServiceImpl(std::string run, SnapshotPublisher* publi
     : run_(std::move(run)), publisher_(publisher), progress_(std::move(progress)) {}
 
 grpc::ServerBidiReactor<SubscribeSnapshotsRequest, SubscribeSnapshotsResponse>* LearnerServiceImpl::SubscribeSnapshots(
-    grpc::CallbackServerContext* /*context*/) {
-  return new Subscription(run_, publisher_);
+    grpc::CallbackServerContext* context) {
+  return new Subscription(run_, publisher_, *context);
 }
 
 grpc::ServerUnaryReactor* LearnerServiceImpl::GetStatus(grpc::CallbackServerContext* context,

@@ -8,16 +8,19 @@
 #include <utility>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "libs/base/log.h"
 #include "libs/base/random.h"
 #include "libs/base/status.h"
+#include "libs/base/trace.h"
 #include "libs/client/chunk_proto.h"
 #include "libs/client/status.h"
 #include "libs/device/parse_device.h"
 #include "libs/serving/batcher.h"
 #include "libs/serving/engine.h"
+#include "libs/telemetry/call_trace.h"
 #include "libs/tensors/tensors.h"
 #include "orrery/planner/v1/planner.grpc.pb.h"
 
@@ -98,7 +101,8 @@ class ActCall final : public BatchRequest {
         response_(response),
         unknown_(unknown),
         clock_(clock),
-        began_(clock->Now()) {}
+        began_(clock->Now()),
+        trace_(TraceOf(*context)) {}
   ~ActCall() override { Finish(absl::InternalError("the request was lost")); }
 
   bool cancelled() const override { return context_->IsCancelled(); }
@@ -114,6 +118,7 @@ class ActCall final : public BatchRequest {
     Finish(absl::OkStatus());
   }
   grpc::ServerUnaryReactor* reactor() const { return reactor_; }
+  const TraceContext& trace() const { return trace_; }
 
   std::vector<SlotInput> inputs;
   Model* model = nullptr;
@@ -134,6 +139,7 @@ class ActCall final : public BatchRequest {
   ActMetrics* const unknown_;
   Clock* const clock_;
   const absl::Time began_;
+  const TraceContext trace_;
   bool finished_ = false;
 };
 
@@ -220,29 +226,30 @@ class PlannerServerImpl final : public PlannerServer, public planner::v1::Planne
 
   grpc::ServerUnaryReactor* GetModel(grpc::CallbackServerContext* context, const planner::v1::GetModelRequest* request,
                                      planner::v1::GetModelResponse* response) override {
-    return Answer(context, Describe(request->model(), *response));
+    return Answer(context, [&] { return Describe(request->model(), *response); });
   }
   grpc::ServerUnaryReactor* ListModels(grpc::CallbackServerContext* context, const planner::v1::ListModelsRequest*,
                                        planner::v1::ListModelsResponse* response) override {
-    for (const auto& model : models_) FillState(*model, *response->add_models());
-    return Answer(context, absl::OkStatus());
+    return Answer(context, [&] {
+      for (const auto& model : models_) FillState(*model, *response->add_models());
+      return absl::OkStatus();
+    });
   }
   grpc::ServerUnaryReactor* Rollback(grpc::CallbackServerContext* context, const planner::v1::RollbackRequest* request,
                                      planner::v1::RollbackResponse* response) override {
-    return Answer(context, GoBack(*request, *response));
+    return Answer(context, [&] { return GoBack(*request, *response); });
   }
   grpc::ServerUnaryReactor* Resume(grpc::CallbackServerContext* context, const planner::v1::ResumeRequest* request,
                                    planner::v1::ResumeResponse* response) override {
-    const absl::StatusOr<Model*> model = Find(request->model());
-    const absl::Status status = model.ok() ? (*model)->holder.Resume() : model.status();
-    if (status.ok()) FillState(**model, *response->mutable_state());
-    return Answer(context, status);
+    return Answer(context, [&] { return GoOn(*request, *response); });
   }
 
  private:
-  static grpc::ServerUnaryReactor* Answer(grpc::CallbackServerContext* context, const absl::Status& status) {
+  // What `act` says, in the trace of the call.
+  static grpc::ServerUnaryReactor* Answer(grpc::CallbackServerContext* context, absl::FunctionRef<absl::Status()> act) {
     grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
-    reactor->Finish(ToGrpc(status));
+    const TraceScope trace(TraceOf(*context));
+    reactor->Finish(ToGrpc(act()));
     return reactor;
   }
 
@@ -332,6 +339,13 @@ class PlannerServerImpl final : public PlannerServer, public planner::v1::Planne
     return absl::OkStatus();
   }
 
+  absl::Status GoOn(const planner::v1::ResumeRequest& request, planner::v1::ResumeResponse& response) const {
+    ASSIGN_OR_RETURN(Model* const model, Find(request.model()));
+    RETURN_IF_ERROR(model->holder.Resume());
+    FillState(*model, *response.mutable_state());
+    return absl::OkStatus();
+  }
+
   // Checks everything that the client may have got wrong, so that in a batch nobody suffers from another's mistake.
   absl::Status Prepare(const grpc::CallbackServerContext& context, const ActRequest& request, ActCall& call) {
     RETURN_IF_ERROR(CheckRequest(request));
@@ -408,7 +422,8 @@ class PlannerServerImpl final : public PlannerServer, public planner::v1::Planne
       return;
     }
     if (!outputs.ok()) {
-      LogError("batch failed slots={} error=\"{}\"", slots.size(), outputs.status().ToString());
+      const TraceScope trace(calls[0]->trace());
+      LogError("request failed slots={} error=\"{}\"", slots.size(), outputs.status().ToString());
       calls[0]->Fail(outputs.status());
       return;
     }

@@ -9,10 +9,13 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "libs/base/log_testing.h"
 #include "libs/base/status_matchers.h"
+#include "libs/base/trace.h"
 #include "libs/client/planner_client.h"
 #include "libs/client/status.h"
 #include "libs/serving/testing.h"
+#include "libs/telemetry/service_host.h"
 #include "libs/tensors/tensors.h"
 #include "services/planner/planner_service_impl.h"
 
@@ -21,6 +24,7 @@ namespace {
 
 using planner::v1::ActRequest;
 using planner::v1::ActResponse;
+using ::testing::ContainsRegex;
 using ::testing::Gt;
 using ::testing::HasSubstr;
 using ::testing::SizeIs;
@@ -170,6 +174,42 @@ TEST_F(PlannerServiceTest, AnswersEverySlotInOrder) {
   EXPECT_EQ(Metric("orrery_planner_act_seconds").histogram.sample_count, 1u);
   EXPECT_EQ(Metric("orrery_planner_queue_seconds").histogram.sample_count, 1u);
   EXPECT_EQ(Metric("orrery_planner_snapshot_version").gauge.value, 7);
+}
+
+TEST_F(PlannerServiceTest, LogsInTheTraceOfTheCall) {
+  CapturedLog captured("debug");
+  ASSERT_OK_AND_ASSIGN(planner_, PlannerServer::Create(options_));
+  HostOptions host_options;
+  host_options.name = "planner";
+  host_options.registry = registry_;
+  host_options.services = {planner_->service()};
+  ASSERT_OK_AND_ASSIGN(const std::unique_ptr<ServiceHost> host, ServiceHost::Start(host_options));
+  ASSERT_OK(planner_->snapshots().Load(TinySnapshot(1)));
+  ASSERT_OK(planner_->snapshots().Load(TinySnapshot(2)));
+  PlannerClient client(host->InProcessChannel());
+  const TraceContext answered = NewTrace(), refused = NewTrace(), back = NewTrace();
+  {
+    const TraceScope trace(answered);
+    EXPECT_OK(client.Act(Request("one", 1), absl::Now() + absl::Seconds(60)));
+  }
+  {
+    const TraceScope trace(refused);
+    EXPECT_THAT(client.Act(Request("", 1), absl::Now() + absl::Seconds(60)), StatusIs(absl::StatusCode::kInvalidArgument));
+  }
+  {
+    const TraceScope trace(back);
+    EXPECT_OK(client.Rollback({}, absl::Now() + absl::Seconds(60)));
+  }
+  host->Shutdown(absl::Seconds(60));
+  planner_->Close();
+  const std::string log = captured.Take();
+  const std::string act = "call ended method=/orrery.planner.v1.PlannerService/Act code=";
+  EXPECT_THAT(log, ContainsRegex(absl::StrCat("D test\\] ", act, "OK seconds=[0-9.]+ trace_id=",
+                                              answered.trace_id(), "\n")));
+  EXPECT_THAT(log, ContainsRegex(absl::StrCat("W test\\] ", act,
+                                              "INVALID_ARGUMENT seconds=[0-9.]+ error=\"client_id has 0 [^\n]*\" trace_id=",
+                                              refused.trace_id(), "\n")));
+  EXPECT_THAT(log, ContainsRegex(absl::StrCat("snapshot rolled back [^\n]* trace_id=", back.trace_id(), "\n")));
 }
 
 TEST_F(PlannerServiceTest, EightConcurrentClientsShareBatchesAndGetTheAnswersTheyGetAlone) {

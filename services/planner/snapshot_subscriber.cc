@@ -7,6 +7,7 @@
 #include "libs/base/status.h"
 #include "libs/client/chunk_proto.h"
 #include "libs/client/status.h"
+#include "libs/client/trace.h"
 
 namespace orrery {
 namespace {
@@ -24,6 +25,7 @@ class SnapshotSubscriber::Call {
  public:
   explicit Call(SnapshotSubscriber* subscriber, absl::Duration timeout = absl::InfiniteDuration())
       : subscriber_(subscriber) {
+    SendTrace(context_);
     if (timeout != absl::InfiniteDuration()) context_.set_deadline(absl::ToChronoTime(absl::Now() + timeout));
     absl::MutexLock lock(&subscriber_->mu_);
     subscriber_->context_ = &context_;
@@ -74,6 +76,7 @@ SnapshotVersion SnapshotSubscriber::Newest() const { return options_.holder->sta
 
 void SnapshotSubscriber::Loop() {
   while (!closed()) {
+    const TraceScope trace(NewTrace());
     const absl::Time begin = options_.clock->Now();
     absl::Status learner = learner_ == nullptr ? absl::OkStatus() : Subscribe();
     if (closed()) return;

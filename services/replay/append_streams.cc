@@ -4,7 +4,9 @@
 #include <utility>
 
 #include "absl/time/clock.h"
+#include "libs/base/trace.h"
 #include "libs/client/status.h"
+#include "libs/telemetry/call_trace.h"
 
 namespace orrery {
 
@@ -12,7 +14,7 @@ namespace orrery {
 class AppendStreams::StreamImpl : public AppendStreams::Stream {
  public:
   StreamImpl(AppendStreams* owner, grpc::CallbackServerContext* context)
-      : owner_(owner), context_(context), deadline_(absl::FromChrono(context->deadline())) {}
+      : owner_(owner), context_(context), trace_(TraceOf(*context)), deadline_(absl::FromChrono(context->deadline())) {}
 
   void Begin() { StartRead(&request_); }
   void Cancel() { context_->TryCancel(); }
@@ -36,6 +38,7 @@ class AppendStreams::StreamImpl : public AppendStreams::Stream {
   // On a thread that may wait. What is started last may delete this.
   void Work() {
     if (ended_ || gone_) return End(owner_->handler_.end());  // a message that nobody waits for is sent again
+    const TraceScope trace(ParseTraceparent(request_.traceparent()).value_or(trace_));
     const absl::StatusOr<bool> answered = owner_->handler_.take({request_, arrived_, deadline_, gone_}, response_);
     if (!answered.ok()) return End(answered.status());
     if (*answered) {
@@ -53,6 +56,7 @@ class AppendStreams::StreamImpl : public AppendStreams::Stream {
 
   AppendStreams* const owner_;
   grpc::CallbackServerContext* const context_;
+  const TraceContext trace_;
   const absl::Time deadline_;
   replay::v1::AppendChunksRequest request_;
   replay::v1::AppendChunksResponse response_;

@@ -31,7 +31,7 @@ struct AppendMessage {
 class AppendStreams {
  public:
   using Stream = grpc::ServerBidiReactor<replay::v1::AppendChunksRequest, replay::v1::AppendChunksResponse>;
-  // Both may block; they run on the threads of this object.
+  // Both may block; they run on the threads of this object, `take` in the message's trace, or the stream's where it has none.
   struct Handler {
     // True: `response` is the answer; false: there is none. An error ends the stream.
     std::function<absl::StatusOr<bool>(const AppendMessage& message, replay::v1::AppendChunksResponse& response)> take;

@@ -13,7 +13,9 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "libs/base/log.h"
+#include "libs/base/log_text.h"
 #include "libs/base/status.h"
+#include "libs/base/trace.h"
 #include "libs/client/channel.h"
 #include "libs/client/chunk_proto.h"
 #include "libs/client/status.h"
@@ -21,6 +23,7 @@
 #include "libs/replay/chunk_priorities.h"
 #include "libs/replay/run_coordinator.h"
 #include "libs/replay/sampler.h"
+#include "libs/telemetry/call_trace.h"
 #include "libs/telemetry/metrics.h"
 #include "orrery/replay/v1/replay.grpc.pb.h"
 #include "services/replay/append_streams.h"
@@ -185,55 +188,61 @@ class ReplayServerImpl : public ReplayServer,
 
   grpc::Status BeginEpisode(ServerContext* context, const replay::v1::BeginEpisodeRequest* request,
                             replay::v1::BeginEpisodeResponse* response) override {
-    return ToGrpc(DoBeginEpisode(*context, *request, *response));
+    return Answer(*context, [&] { return DoBeginEpisode(*context, *request, *response); });
   }
   using WithCallbackMethod_AppendChunks::AppendChunks;
   AppendStreams::Stream* AppendChunks(grpc::CallbackServerContext* context) override { return appends_.Open(context); }
   grpc::Status WatchChunks(ServerContext* context, const replay::v1::WatchChunksRequest* request,
                            grpc::ServerWriter<replay::v1::WatchChunksResponse>* stream) override {
-    return ToGrpc(DoWatchChunks(*context, *request, *stream));
+    return Answer(*context, [&] { return DoWatchChunks(*context, *request, *stream); });
   }
   grpc::Status SampleSequences(ServerContext* context, const replay::v1::SampleSequencesRequest* request,
                                grpc::ServerWriter<replay::v1::SampleSequencesResponse>* stream) override {
-    return ToGrpc(DoSampleSequences(*context, *request, *stream));
+    return Answer(*context, [&] { return DoSampleSequences(*context, *request, *stream); });
   }
   grpc::Status UpdatePriorities(ServerContext* context, const replay::v1::UpdatePrioritiesRequest* request,
                                 replay::v1::UpdatePrioritiesResponse* response) override {
-    return ToGrpc(DoUpdatePriorities(*context, *request, *response));
+    return Answer(*context, [&] { return DoUpdatePriorities(*context, *request, *response); });
   }
   grpc::Status ListEpisodes(ServerContext* context, const replay::v1::ListEpisodesRequest* request,
                             replay::v1::ListEpisodesResponse* response) override {
-    return ToGrpc(DoListEpisodes(*context, *request, *response));
+    return Answer(*context, [&] { return DoListEpisodes(*context, *request, *response); });
   }
   grpc::Status GetEpisode(ServerContext* context, const replay::v1::GetEpisodeRequest* request,
                           grpc::ServerWriter<replay::v1::GetEpisodeResponse>* stream) override {
-    return ToGrpc(DoGetEpisode(*context, *request, *stream));
+    return Answer(*context, [&] { return DoGetEpisode(*context, *request, *stream); });
   }
-  grpc::Status AcquireLearner(ServerContext*, const replay::v1::AcquireLearnerRequest* request,
+  grpc::Status AcquireLearner(ServerContext* context, const replay::v1::AcquireLearnerRequest* request,
                               replay::v1::AcquireLearnerResponse* response) override {
-    return ToGrpc(DoAcquireLearner(*request, *response));
+    return Answer(*context, [&] { return DoAcquireLearner(*request, *response); });
   }
   grpc::Status ReserveUpdates(ServerContext* context, const replay::v1::ReserveUpdatesRequest* request,
                               replay::v1::ReserveUpdatesResponse* response) override {
-    return ToGrpc(DoReserveUpdates(*context, *request, *response));
+    return Answer(*context, [&] { return DoReserveUpdates(*context, *request, *response); });
   }
-  grpc::Status PutSnapshot(ServerContext*, grpc::ServerReader<replay::v1::PutSnapshotRequest>* stream,
+  grpc::Status PutSnapshot(ServerContext* context, grpc::ServerReader<replay::v1::PutSnapshotRequest>* stream,
                            replay::v1::PutSnapshotResponse*) override {
-    return ToGrpc(DoPutSnapshot(*stream));
+    return Answer(*context, [&] { return DoPutSnapshot(*stream); });
   }
-  grpc::Status GetSnapshot(ServerContext*, const replay::v1::GetSnapshotRequest* request,
+  grpc::Status GetSnapshot(ServerContext* context, const replay::v1::GetSnapshotRequest* request,
                            grpc::ServerWriter<replay::v1::GetSnapshotResponse>* stream) override {
-    return ToGrpc(DoGetSnapshot(*request, *stream));
+    return Answer(*context, [&] { return DoGetSnapshot(*request, *stream); });
   }
   grpc::Status GetStats(ServerContext* context, const replay::v1::GetStatsRequest* request,
                         replay::v1::GetStatsResponse* response) override {
-    return ToGrpc(DoGetStats(*context, *request, *response));
+    return Answer(*context, [&] { return DoGetStats(*context, *request, *response); });
   }
 
  private:
   using AppendResponse = replay::v1::AppendChunksResponse;
   using WatchStream = grpc::ServerWriter<replay::v1::WatchChunksResponse>;
   using SampleStream = grpc::ServerWriter<replay::v1::SampleSequencesResponse>;
+
+  // What `act` says, in the trace of the call.
+  static grpc::Status Answer(const ServerContext& context, absl::FunctionRef<absl::Status()> act) {
+    const TraceScope trace(TraceOf(context));
+    return ToGrpc(act());
+  }
 
   absl::Status CheckRun(const std::string& run) const {
     if (run.empty()) return Invalid("run is not set");
@@ -279,6 +288,8 @@ class ReplayServerImpl : public ReplayServer,
                               replay::v1::BeginEpisodeResponse& response);
   absl::StatusOr<bool> TakeAppend(const AppendMessage& message, AppendResponse& response);
   absl::Status AppendOne(const AppendMessage& message);
+  // Logs what became of the chunk that `response` names.
+  void NoteAppend(const AppendResponse& response, int rows, const absl::Status& appended);
   // Calls `act` again while the store is full or away, as long as PatientUntil says.
   absl::Status Patiently(const AppendMessage& message, absl::FunctionRef<absl::Status()> act);
   absl::Status CheckBelongs(const Chunk& chunk);
@@ -317,6 +328,7 @@ class ReplayServerImpl : public ReplayServer,
   RunCoordinator coordinator_;
   DataSet data_set_;
   SequenceReader reader_;
+  LineLimit refusals_;
   Bell progress_;  // rings when rows or updates were reported
 
   absl::Mutex mu_;
@@ -361,8 +373,23 @@ absl::StatusOr<bool> ReplayServerImpl::TakeAppend(const AppendMessage& message, 
   if (!request.has_chunk()) return false;
   response.set_episode_id(request.chunk().episode_id());
   response.set_first_row(request.chunk().first_row());
-  RETURN_IF_ERROR(AppendOne(message));
+  const int rows = request.chunk().rows();
+  const absl::Status appended = AppendOne(message);
+  NoteAppend(response, rows, appended);
+  RETURN_IF_ERROR(appended);
   return true;
+}
+
+void ReplayServerImpl::NoteAppend(const AppendResponse& response, int rows, const absl::Status& appended) {
+  if (appended.ok()) {
+    LogDebug("chunk appended episode={} first_row={} rows={}", response.episode_id(), response.first_row(), rows);
+  } else if (IsFinalError(appended.code()) && refusals_.Pass(absl::Now()).has_value()) {
+    LogWarning("chunk refused episode={} first_row={} rows={} error=\"{}\"", response.episode_id(), response.first_row(), rows,
+               LogText(appended.ToString()));
+  } else {
+    LogDebug("chunk not appended episode={} first_row={} rows={} error=\"{}\"", response.episode_id(), response.first_row(),
+             rows, LogText(appended.ToString()));
+  }
 }
 
 // OK means: in the store and counted.
@@ -503,7 +530,10 @@ absl::Status ReplayServerImpl::DoSampleSequences(const ServerContext& context,
   std::mt19937_64 random(request.seed());
   if (request.seed() == 0) random.seed((uint64_t{std::random_device()()} << 32) | std::random_device()());
   const auto draw = [&] {
-    return std::async(std::launch::async, [&] { return DrawBatch(context, request, *sampler, random); });
+    return std::async(std::launch::async, [&, trace = CurrentTrace()] {
+      const TraceScope scope(trace);
+      return DrawBatch(context, request, *sampler, random);
+    });
   };
   const SendPart send = [&](const replay::v1::SampleSequencesResponse& part) { return stream.Write(part); };
   std::future<absl::StatusOr<SequenceBatch>> next = draw();  // waits for its thread when it goes out of scope

@@ -12,9 +12,11 @@
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
+#include "libs/base/log_testing.h"
 #include "libs/base/status.h"
 #include "libs/base/status_matchers.h"
 #include "libs/base/testing.h"
+#include "libs/base/trace.h"
 #include "libs/client/channel.h"
 #include "libs/client/chunk_proto.h"
 #include "libs/client/replay_client.h"
@@ -31,7 +33,9 @@
 namespace orrery {
 namespace {
 using replay::v1::ReplayService;
+using ::testing::ContainsRegex;
 using ::testing::HasSubstr;
+using ::testing::Not;
 
 constexpr char kRun[] = "test";
 constexpr uint64_t kHash = 0xabcdef0123456789;
@@ -315,6 +319,52 @@ TEST_F(ReplayServiceTest, AcknowledgesWhatIsInTheStore) {
   EXPECT_EQ(served_->Value("replay_steps_appended_total"), 8);
   EXPECT_EQ(served_->Value("replay_chunks_appended_total"), 2);
   EXPECT_EQ(served_->Value("replay_bytes_appended_total"), stats.bytes());
+}
+
+TEST_F(ReplayServiceTest, LogsEachChunkInTheTraceOfItsEpisode) {
+  CapturedLog captured("debug");
+  Start();
+  const TraceContext first = NewTrace(), second = NewTrace();
+  std::string run;
+  {
+    const TraceScope trace(first);
+    run = Begin(*client_).assignment.run_id;
+  }
+  Begin(*client_);
+  auto writer = ReplayWriter::Create(channel_, kRun, {});  // one stream for both
+  const auto append = [&](const TraceContext& context, int64_t episode, int64_t first_row) {
+    const TraceScope trace(context);
+    EXPECT_OK(writer->Append(MakeChunk(run, episode, first_row, 5), Soon()));
+  };
+  append(first, 1, 0);
+  append(second, 2, 0);
+  append(first, 1, 5);
+  EXPECT_OK(writer->Flush(Soon()));
+  const std::string log = captured.Take();
+  EXPECT_THAT(log, ContainsRegex(absl::StrCat("/BeginEpisode code=OK seconds=[0-9.]+ trace_id=", first.trace_id())));
+  EXPECT_THAT(log, HasSubstr(absl::StrCat("chunk appended episode=1 first_row=0 rows=5 trace_id=", first.trace_id(), "\n")));
+  EXPECT_THAT(log, HasSubstr(absl::StrCat("chunk appended episode=2 first_row=0 rows=5 trace_id=", second.trace_id(), "\n")));
+  EXPECT_THAT(log, HasSubstr(absl::StrCat("chunk appended episode=1 first_row=5 rows=5 trace_id=", first.trace_id(), "\n")));
+}
+
+TEST_F(ReplayServiceTest, LogsADamagedChunkInItsTrace) {
+  CapturedLog captured("info");
+  Start();
+  const TraceContext trace = NewTrace();
+  replay::v1::AppendChunksRequest request = RequestFor(MakeChunk(Begin(*client_).assignment.run_id, 1, 0, 5));
+  request.mutable_chunk()->mutable_payload()->resize(20);
+  std::vector<ChunkKey> acknowledged;
+  for (const std::string& traceparent : {trace.traceparent(), std::string(10'000, '\n')}) {  // the second is as good as none
+    request.set_traceparent(traceparent);
+    EXPECT_THAT(AppendRaw(channel_, {request}, &acknowledged), StatusIs(absl::StatusCode::kInvalidArgument));
+  }
+  const std::string log = captured.Take();
+  const std::string refused = "refused episode=1 first_row=0 rows=5 error=\"INVALID_ARGUMENT: chunk.payload[^\n]*\" trace_id=";
+  const size_t other = log.find("chunk refused", log.find("chunk refused") + 1);
+  ASSERT_NE(other, std::string::npos);
+  EXPECT_THAT(log.substr(0, other), ContainsRegex(absl::StrCat(refused, trace.trace_id(), "\n")));
+  EXPECT_THAT(log.substr(other), ContainsRegex(absl::StrCat(refused, "[0-9a-f]{32}\n")));
+  EXPECT_THAT(log.substr(other), Not(HasSubstr(trace.trace_id())));
 }
 
 TEST_F(ReplayServiceTest, RefusesOtherContentsUnderTheSameKey) {

@@ -20,8 +20,10 @@ class FakeReplay:
         self.script = collections.deque()
         self.task = "counting"
         self.begun = []
+        self.begun_traceparents = []
         self.begin_errors = collections.deque()
         self.chunks = []
+        self.traceparents = []  # of the chunks
         self.alive = []
         self.refuse = 0
         self.break_after = collections.deque()
@@ -30,6 +32,7 @@ class FakeReplay:
     def begin_episode(self, request, context):
         with self.lock:
             self.begun.append(request)
+            self.begun_traceparents.append(dict(context.invocation_metadata()).get("traceparent", ""))
             if self.begin_errors:
                 code, text = self.begin_errors.popleft()
                 if code != grpc.StatusCode.OK:
@@ -54,6 +57,7 @@ class FakeReplay:
                 if request.chunk.episode_id == self.refuse:
                     context.abort(grpc.StatusCode.ALREADY_EXISTS, "other contents")
                 self.chunks.append(request.chunk)
+                self.traceparents.append(request.traceparent)
                 while self.hold_acknowledgements and context.is_active():
                     self.changed.wait(0.05)
             left = None if left is None else left - 1

@@ -8,7 +8,7 @@ from google.protobuf import text_format
 
 from orrery import (
     ConfigError, EnvironmentFault, EnvironmentSettings, EpisodeEnd, EpisodeMode, Experiment, PlannerClient, ReplayClient,
-    ServiceError, decode_rows)
+    ServiceError, Trace, decode_rows, tracing)
 from orrery.actor import Actor, ActorOptions, Task
 from orrery.metrics import Metrics
 from orrery.seeds import MersenneTwister64, derive_seed, random_action
@@ -110,6 +110,35 @@ def test_plays_planned_episodes(fakes):
     assert [chunk.snapshot_version.counter for chunk in chunks] == [3, 7, 9]
     assert chunks[-1].end == EpisodeEnd.TRUNCATED and rows(fakes, 1)["is_terminal"].sum() == 0
     assert rows(fakes, 1)["action"].tolist() == [[0, 0]] + [[0.25, -0.5]] * 9
+
+
+def trace_ids(traceparents):
+    return [Trace.parse(traceparent).trace_id for traceparent in traceparents]
+
+
+def test_an_episode_is_one_trace(fakes):
+    fakes.replay.script.extend([(1, TRAIN, 11), (2, EVALUATE, 11)])
+    play = Play(fakes)
+    noted = []
+    play.actor._options.on_episode = lambda summary: noted.append(tracing.current().trace_id)
+    play.run()
+    first, second, end = trace_ids(fakes.replay.begun_traceparents)  # the last one says that the run is complete
+    assert len({first, second, end}) == 3 and noted == [first, second]
+    asked = trace_ids(metadata["traceparent"] for metadata in fakes.planner.metadata)
+    assert asked == [first] * 9 + [second] * 9
+    assert not any("orrery-trace-links" in metadata for metadata in fakes.planner.metadata)
+    assert trace_ids(fakes.replay.traceparents) == [first] * 3 + [second] * 3
+
+
+def test_a_shared_request_names_the_traces_of_all_its_episodes(fakes):
+    fakes.replay.script.extend([(1, TRAIN, 1), (2, TRAIN, 2), (3, TRAIN, 3)])
+    Play(fakes, config="learning { schedule: CONCURRENT }", groups=3).run()
+    first, second, third, *_ = trace_ids(fakes.replay.begun_traceparents)
+    for metadata in fakes.planner.metadata:
+        assert Trace.parse(metadata["traceparent"]).trace_id == first
+        assert metadata["orrery-trace-links"] == f"{second},{third}"
+    by_episode = {chunk.episode_id: sent for chunk, sent in zip(fakes.replay.chunks, trace_ids(fakes.replay.traceparents))}
+    assert by_episode == {1: first, 2: second, 3: third}
 
 
 def test_an_evaluation_is_played_by_one_snapshot(fakes):

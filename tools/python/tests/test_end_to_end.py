@@ -4,6 +4,7 @@ import csv
 import itertools
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 
 from orrery import (
     ActionSpec, EnvironmentSettings, EnvironmentSpec, EpisodeEnd, EpisodeMode, Experiment, OrreryError, Policy, Program,
-    ReplayClient, ServiceError, Services, TensorSpec, load_snapshot)
+    ReplayClient, ServiceError, Services, TensorSpec, load_snapshot, trace)
 from orrery.environments import make_lanes
 from orrery.local import find_program
 from orrery.workers import LocalWorker
@@ -222,6 +223,40 @@ def test_the_hash_is_the_one_of_the_cpp_actor(tmp_path):
         finally:
             actor.terminate()
             actor.wait()
+
+
+def test_an_episode_is_one_trace_in_all_logs(tmp_path):
+    experiment = Experiment.parse(CONFIG)
+    experiment.set("environment", '{ task: "point_pixels" image_size: 32 time_limit: 30 }')
+    experiment.set("collection.environments", 1)
+    experiment.set("collection.seed_episodes", 1)
+    experiment.set("learning.max_episodes", 3)
+    config = tmp_path / "config.textproto"
+    experiment.save(config)
+
+    def program(name, *flags):
+        return Program(name, [f"--config={config}", "--log_level=debug", *flags], tmp_path / f"{name}.log")
+
+    sent = "4bf92f3577b34da6a3ce929d0e0e4736"
+    with (program("orrery-replay", "--store=memory:") as replay,
+          program("orrery-learner", f"--replay={replay.address}", "--threads=1") as learner,
+          program("orrery-planner", f"--replay={replay.address}", f"--learner={learner.address}", "--threads=1") as planner):
+        actor = subprocess.run(
+            [find_program("orrery-actor"), f"--config={config}", f"--replay={replay.address}", f"--planner={planner.address}",
+             "--metrics_listen=127.0.0.1:0"], stderr=subprocess.PIPE, text=True, timeout=400)
+        assert actor.returncode == 0, actor.stderr
+        with ReplayClient(replay.address, "python_test") as client, trace(f"00-{sent}-00f067aa0ba902b7-01"):
+            client.stats()
+        in_replay, in_planner = replay.log(), planner.log()
+    assert re.search(rf"D orrery-replay\] call ended method=\S*/GetStats code=OK seconds=\S+ trace_id={sent}$", in_replay, re.M)
+    played = re.findall(r" episode=(\d+) task=point_pixels rows=(\d+) .* trace_id=([0-9a-f]{32})$", actor.stderr, re.M)
+    assert len(played) == 3 and len({trace_id for _, _, trace_id in played}) == 3, actor.stderr
+    for number, (episode, rows, trace_id) in enumerate(played):
+        assert len(re.findall(rf"/BeginEpisode code=OK .* trace_id={trace_id}$", in_replay, re.M)) == 1
+        chunks = re.findall(rf" chunk appended episode={episode} .* rows=(\d+) trace_id={trace_id}$", in_replay, re.M)
+        assert sum(map(int, chunks)) == int(rows) == 31
+        asked = len(re.findall(rf"/Act code=OK .* trace_id={trace_id}$", in_planner, re.M))
+        assert asked == (0 if number == 0 else 30), "the first episode is random"
 
 
 def test_a_program_that_does_not_start_says_why(tmp_path):

@@ -2,7 +2,7 @@
 
 PlannerClient and Policy ask for actions, ReplayClient and ReplayWriter bring experience (EpisodeRecorder makes its chunks),
 Experiment reads and writes configurations, load_snapshot reads what was learned, Services starts the programs on this machine,
-make and make_vec give its own tasks to Gymnasium.
+make and make_vec give its own tasks to Gymnasium. Calls inside of `with trace(…)` belong to one trace.
 """
 
 from orrery.channel import Tls
@@ -19,6 +19,7 @@ from orrery.replay_writer import ReplayWriter
 from orrery.snapshot import Snapshot, load_snapshot
 from orrery.specification import ActionSpec, EnvironmentSpec, TensorSpec, model_text
 from orrery.tasks import make, make_vec
+from orrery.tracing import Trace, trace
 
 __version__ = "0.1.0"
 
@@ -49,10 +50,12 @@ __all__ = [
     "Snapshot",
     "TensorSpec",
     "Tls",
+    "Trace",
     "decode_rows",
     "encode_rows",
     "load_snapshot",
     "make",
     "make_vec",
     "model_text",
+    "trace",
 ]

@@ -17,6 +17,7 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 
+from orrery import tracing
 from orrery.channel import Backoff
 from orrery.config.v1 import experiment_pb2
 from orrery.environments import LaneFault, TimeStep
@@ -27,6 +28,7 @@ from orrery.recorder import EpisodeRecorder
 from orrery.replay_client import Chunk, Episode, EpisodeEnd, EpisodeMode, ReplayClient
 from orrery.replay_writer import ReplayWriter
 from orrery.seeds import MersenneTwister64, derive_seed, random_action
+from orrery.tracing import Trace
 from orrery.workers import Worker
 
 _log = logging.getLogger("orrery")
@@ -107,11 +109,13 @@ class _Run:
 
 @dataclasses.dataclass(eq=False)
 class _Player:
-    """A lane. `episode`: handed out, running or waiting for the lane; `run`: of a running one."""
+    """A lane. `episode`: handed out, running or waiting for the lane; `run`: of a running one; `trace`: of the episode, all
+    calls and log lines about it."""
 
     lane: int
     episode: Episode | None = None
     run: _Run | None = None
+    trace: Trace = dataclasses.field(default_factory=Trace.new)
 
 
 @dataclasses.dataclass(eq=False)
@@ -211,7 +215,8 @@ class Actor:
         deadline = time.monotonic() + _FINISH_TIMEOUT
         for player in self._players:
             if player.run is not None:
-                self._send(player, player.run.recorder.end(EpisodeEnd.TRUNCATED))
+                with tracing.use(player.trace):
+                    self._send(player, player.run.recorder.end(EpisodeEnd.TRUNCATED))
             player.run = player.episode = None
         self._renew_leases()
         self._flush_before(deadline)
@@ -267,17 +272,19 @@ class Actor:
     def _cut(self, player: _Player) -> None:
         """The environment failed: the rows before that are the episode."""
         assert player.run is not None
-        self._send(player, player.run.recorder.end(EpisodeEnd.TRUNCATED))
+        with tracing.use(player.trace):
+            self._send(player, player.run.recorder.end(EpisodeEnd.TRUNCATED))
         player.run = player.episode = None
         self._renew_leases()
 
     def _note_fault(self, task: Task, players: Sequence[_Player], what: str) -> None:
-        """Logs the fault with where it happened; raises after too many in a row."""
+        """Logs the fault with where it happened, in the first one's trace; raises after too many in a row."""
         places = ", ".join(
             f"episode {player.episode.episode_id} at step {0 if player.run is None else player.run.environment_steps}"
             for player in players if player.episode is not None)
         message = f"environment {task.environment} failed ({places}): {what}"
-        _log.error("%s", message)
+        with tracing.use(players[0].trace if players else None):
+            _log.error("%s", message)
         self._options.metrics.add("actor_environment_failures_total", task=task.name)
         self._faults += 1
         if self._faults >= self._options.max_faults:
@@ -290,8 +297,12 @@ class Actor:
         for player in self._players:
             if self._complete or self.stopped:
                 break
-            if player.episode is None and not self._ask_for_episode(player):
-                break
+            if player.episode is not None:
+                continue
+            player.trace = Trace.new()
+            with tracing.use(player.trace):
+                if not self._ask_for_episode(player):
+                    break
         for group in self._groups:
             self._start(group)
         return not self._complete or any(player.episode is not None for player in self._players)
@@ -384,7 +395,8 @@ class Actor:
                 player.run.decision = _Decision(action, (0, 0))
         planned = [player for player in self._players if player.run is not None and player.run.decision is None]
         for together in _by_pinned(planned):
-            answers = self._ask_planner(together)
+            with tracing.use(together[0].trace, [player.trace for player in together[1:]]):
+                answers = self._ask_planner(together)
             if not answers:
                 return
             for player, answer in zip(together, answers, strict=True):
@@ -483,7 +495,8 @@ class Actor:
             self._options.metrics.observe("actor_env_step_seconds", time.monotonic() - begin)
             group.fresh = reply.fresh
             for player in group.running():
-                self._take(group.task, player, reply.value[player.lane])
+                with tracing.use(player.trace):
+                    self._take(group.task, player, reply.value[player.lane])
 
     def _take(self, task: Task, player: _Player, step: TimeStep | LaneFault) -> None:
         """What followed a decision."""

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import grpc
 
+from orrery import tracing
 from orrery.errors import ConfigError, ServiceError
 
 MAX_MESSAGE_BYTES = 68 << 20  # a chunk of 64 MiB and what surrounds it
@@ -71,8 +72,8 @@ def _read(path: str | os.PathLike[str] | None) -> bytes | None:
 
 
 def metadata(token: str | None) -> tuple[tuple[str, str], ...]:
-    """What goes with every call: the token, where there is one."""
-    return () if token is None else (("authorization", f"Bearer {token}"),)
+    """What goes with a call: its trace, and the token, where there is one."""
+    return tracing.metadata() if token is None else (*tracing.metadata(), ("authorization", f"Bearer {token}"))
 
 
 class Backoff:
@@ -107,7 +108,14 @@ def retry(
 ) -> _Answer:
     """Calls `call(its seconds)` until it gives something else than an error of `codes`, at most `timeout` seconds; then its last
     error. A try gets half of the time that is left, but at least `shortest_try`, and one that took all its time is followed by
-    another."""
+    another. All tries belong to one trace."""
+    with tracing.use(None):
+        return _retry(timeout, call, codes, shortest_try)
+
+
+def _retry(
+    timeout: float, call: Callable[[float], _Answer], codes: frozenset[grpc.StatusCode], shortest_try: float
+) -> _Answer:
     backoff = Backoff()
     deadline = time.monotonic() + timeout
     while True:

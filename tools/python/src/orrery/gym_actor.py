@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from orrery import tracing
 from orrery.actor import Actor, ActorOptions, EpisodeSummary, Task
 from orrery.channel import Tls
 from orrery.environments import EnvironmentSettings
@@ -200,8 +201,10 @@ def _run(actor: Actor, stop: threading.Event) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     flags = parser().parse_args(argv)
-    logging.basicConfig(stream=sys.stderr, level=flags.log_level.upper(),
-                        format="%(asctime)s %(levelname).1s orrery-gym-actor] %(message)s")
+    output = logging.StreamHandler(sys.stderr)
+    output.addFilter(tracing.add_field)
+    logging.basicConfig(handlers=[output], level=flags.log_level.upper(),
+                        format="%(asctime)s %(levelname).1s orrery-gym-actor] %(message)s%(trace)s")
     stop = threading.Event()
     before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -104,7 +104,7 @@ class PlannerClient:
         self._client_id = client_id or default_client_id("client")
         self._model = model
         self._timeout = timeout
-        self._metadata = metadata(token)
+        self._token = token
         self._channel = make_channel(address, tls)
         self._act = self._channel.unary_unary(
             _SERVICE + "Act", request_serializer=planner_pb2.ActRequest.SerializeToString,
@@ -137,7 +137,8 @@ class PlannerClient:
         """What is served now."""
         response = retry(
             self._timeout,
-            lambda left: self._get_model(planner_pb2.GetModelRequest(model=self._model), timeout=left, metadata=self._metadata),
+            lambda left: self._get_model(
+                planner_pb2.GetModelRequest(model=self._model), timeout=left, metadata=metadata(self._token)),
             _RETRIED, _SHORTEST_TRY)
         version = response.snapshot_version
         try:
@@ -231,7 +232,7 @@ class PlannerClient:
         with self._lock:
             if stop is not None and stop.is_set():
                 raise ServiceError(grpc.StatusCode.CANCELLED, "stopped")
-            call = self._act.future(request, timeout=timeout, metadata=self._metadata)
+            call = self._act.future(request, timeout=timeout, metadata=metadata(self._token))
             self._in_flight.add(call)
         try:
             response: planner_pb2.ActResponse = call.result()

@@ -89,7 +89,7 @@ class ReplayClient:
 
     def __init__(self, address: str, run: str, *, tls: Tls | None = None, token: str | None = None):
         self.run = run
-        self.metadata = metadata(token)
+        self._token = token
         self.channel = make_channel(address, tls)
         self._begin = self.channel.unary_unary(
             _SERVICE + "BeginEpisode", request_serializer=replay_pb2.BeginEpisodeRequest.SerializeToString,
@@ -121,13 +121,13 @@ class ReplayClient:
         call = self.channel.stream_stream(
             _SERVICE + "AppendChunks", request_serializer=replay_pb2.AppendChunksRequest.SerializeToString,
             response_deserializer=replay_pb2.AppendChunksResponse.FromString)
-        return call(requests, metadata=self.metadata)
+        return call(requests, metadata=metadata(self._token))
 
     def begin_episode(self, actor_id: str, spec: EnvironmentSpec, timeout: float) -> Episode | None:
         """None: none may begin within `timeout` seconds."""
         request = replay_pb2.BeginEpisodeRequest(run=self.run, actor_id=actor_id, specification_hash=spec.hash())
         try:
-            response = retry(timeout, lambda left: self._begin(request, timeout=left, metadata=self.metadata))
+            response = retry(timeout, lambda left: self._begin(request, timeout=left, metadata=metadata(self._token)))
         except ServiceError as error:
             if error.code == grpc.StatusCode.DEADLINE_EXCEEDED:
                 return None
@@ -143,13 +143,13 @@ class ReplayClient:
     def stats(self, timeout: float = 10.0) -> replay_pb2.GetStatsResponse:
         """Totals of the data set and of the run."""
         request = replay_pb2.GetStatsRequest(run=self.run)
-        return retry(timeout, lambda left: self._get_stats(request, timeout=left, metadata=self.metadata))
+        return retry(timeout, lambda left: self._get_stats(request, timeout=left, metadata=metadata(self._token)))
 
     def episodes(self, mode: EpisodeMode | None = None, timeout: float = 60.0) -> Iterator[replay_pb2.EpisodeSummary]:
         """What is stored of each episode (of a mode), in the order of their numbers, asked for page by page."""
         request = replay_pb2.ListEpisodesRequest(run=self.run, mode=0 if mode is None else int(mode))  # type: ignore[arg-type]
         while True:
-            response = retry(timeout, lambda left: self._list(request, timeout=left, metadata=self.metadata))
+            response = retry(timeout, lambda left: self._list(request, timeout=left, metadata=metadata(self._token)))
             yield from response.episodes
             if response.next_episode_id == 0:
                 return
@@ -160,7 +160,7 @@ class ReplayClient:
         NOT_FOUND when none is stored."""
         request = replay_pb2.GetEpisodeRequest(run=self.run, episode_id=episode_id)
         chunks = retry(timeout, lambda left: [
-            response.chunk for response in self._get_episode(request, timeout=left, metadata=self.metadata)])
+            response.chunk for response in self._get_episode(request, timeout=left, metadata=metadata(self._token))])
         parts = [decode_rows(chunk.payload, chunk.rows) for chunk in chunks]
         if not parts or any(part.keys() != parts[0].keys() for part in parts):
             raise DataError(f"episode {episode_id}: its {len(parts)} chunks have not the same fields")
@@ -170,7 +170,7 @@ class ReplayClient:
         """The newest snapshot, a safetensors file (docs/snapshot_format.md). NOT_FOUND when there is none."""
         request = replay_pb2.GetSnapshotRequest(run=self.run)
         return retry(timeout, lambda left: _assemble(
-            response.part for response in self._get_snapshot(request, timeout=left, metadata=self.metadata)))
+            response.part for response in self._get_snapshot(request, timeout=left, metadata=metadata(self._token))))
 
 
 def _assemble(parts: Iterator[snapshot_pb2.SnapshotPart]) -> bytes:

@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 
+from orrery import tracing
 from orrery.channel import Backoff, to_error
 from orrery.errors import DataError, ServiceError
 from orrery.replay.v1 import replay_pb2
@@ -82,11 +83,13 @@ class ReplayWriter:
             return self._bytes
 
     def append(self, chunk: Chunk, timeout: float | None = None) -> None:
-        """Queues a chunk; waits while it would not fit. TimeoutError: still full after `timeout` seconds. ServiceError: the
-        service has refused this episode."""
+        """Queues a chunk, in the trace around; waits while it would not fit. TimeoutError: still full after `timeout` seconds.
+        ServiceError: the service has refused this episode."""
         if not 1 <= len(chunk.payload) <= _MAX_PAYLOAD_BYTES:
             raise DataError(f"chunk payload of {len(chunk.payload)} bytes: expected 1 to {_MAX_PAYLOAD_BYTES}")
         request = replay_pb2.AppendChunksRequest(run=self._replay.run, chunk=chunk.to_proto())
+        if (context := tracing.current()) is not None:
+            request.traceparent = context.child().traceparent
         size = request.ByteSize()
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._changed:
@@ -142,11 +145,13 @@ class ReplayWriter:
     def _run(self) -> None:
         backoff = Backoff()
         while self._await_work():
-            error = self._run_stream(backoff)
+            with tracing.trace():  # of the stream; the chunks have those of their episodes
+                error = self._run_stream(backoff)
+                with self._changed:
+                    if self._closed:
+                        return
+                    self._handle_end(error)
             with self._changed:
-                if self._closed:
-                    return
-                self._handle_end(error)
                 until = time.monotonic() + backoff.next()
                 while not self._closed and self._wait(until):
                     pass
@@ -221,7 +226,8 @@ class ReplayWriter:
         if not error.final or self._stream is None or self._stream.sent == 0:
             return
         episode = self._queue[0].key[0]
-        _log.error("replay refused episode=%d error=\"%s\"", episode, error)
+        with tracing.use(tracing.Trace.parse(self._queue[0].request.traceparent)):
+            _log.error("replay refused episode=%d error=\"%s\"", episode, error)
         self._failures[episode] = error
         if len(self._failures) > _MAX_FAILURES_KEPT:
             del self._failures[min(self._failures)]
