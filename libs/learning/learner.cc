@@ -8,22 +8,17 @@
 #include "libs/base/random.h"
 #include "libs/base/status.h"
 #include "libs/telemetry/metrics.h"
-#include "libs/world_model/snapshot.h"
 
 namespace orrery {
 namespace {
 
 constexpr int kConcurrentBlock = 10;
-constexpr int kSkippedBeforeRollback = 10;
-constexpr int kRollbacksBeforeGivingUp = 3;
 constexpr absl::Duration kCall = absl::Seconds(5);          // deadline of a call to replay
 constexpr absl::Duration kSlice = absl::Milliseconds(500);  // waits look up this often for Stop and the lease
 constexpr absl::Duration kRelease = absl::Seconds(1);
 constexpr absl::Duration kReportEvery = absl::Seconds(5);   // well below the lease of 30 s
-constexpr absl::Duration kKeepEvery = absl::Seconds(5);     // snapshots put to replay (CONCURRENT)
 constexpr absl::Duration kStatsEvery = absl::Seconds(10);
 constexpr absl::Duration kPatience = absl::Seconds(5);      // for rows that the watch does not bring
-constexpr absl::Duration kAwaitPlanners = absl::Seconds(10);
 constexpr absl::Duration kOutageLogEvery = absl::Seconds(30);
 constexpr absl::Duration kTellEvery = absl::Seconds(1);      // below the limit of a group
 constexpr absl::Duration kFollowAfterStop = absl::Seconds(10);
@@ -82,38 +77,36 @@ absl::Status Learner::Initialize() {
                                                    part.ranks, " ranks: expected a multiple of them"));
   }
   source_ = std::make_unique<MirroredSource>(mirror_.get(), learning.batch_size(), DeriveSeed(seed, "batches"),
-                                             /*pinned=*/options_.device.is_cuda(), part);
+                                             options_.device, part);
+  CheckpointKeeper::Options checkpoints;
+  if (leads()) checkpoints.folder = options_.checkpoint_dir;
+  checkpoints.keep = learning.keep_checkpoints();
+  checkpoints.every_updates = learning.checkpoint_every_updates();
+  checkpoints.errors = &metrics_.checkpoint_errors;
+  ASSIGN_OR_RETURN(checkpoints_, CheckpointKeeper::Open(std::move(checkpoints)));
   if (!leads()) return absl::OkStatus();
-  if (!alternate()) keeper_ = std::make_unique<SnapshotKeeper>(options_.replay, kCall, &metrics_.put_errors);
-  if (!options_.checkpoint_dir.empty()) {
-    ASSIGN_OR_RETURN(checkpoints_, CheckpointFolder::Open(options_.checkpoint_dir, learning.keep_checkpoints()));
-    RETURN_IF_ERROR(Resume());
-  }
+  Publication::Options publication;
+  publication.experiment = experiment;
+  publication.replay = options_.replay;
+  publication.on_snapshot = options_.on_snapshot;
+  publication.publisher = options_.publisher;
+  publication.version = &metrics_.snapshot_version;
+  publication.seconds = &metrics_.publish_seconds;
+  publication.put_errors = &metrics_.put_errors;
+  publication.clock = options_.clock;
+  publication_ = std::make_unique<Publication>(std::move(publication));
+  RETURN_IF_ERROR(Resume());
   published_updates_ = updates_;
   return absl::OkStatus();
 }
 
 absl::Status Learner::Resume() {
-  if (!options_.resume) {
-    ASSIGN_OR_RETURN(const bool empty, checkpoints_->empty());
-    if (empty) return absl::OkStatus();
-    return absl::FailedPreconditionError(absl::StrCat(options_.checkpoint_dir,
-                                                      " holds checkpoints: resume from them, or give another folder"));
-  }
-  absl::StatusOr<Checkpoint> checkpoint = checkpoints_->LoadNewest();
-  if (absl::IsNotFound(checkpoint.status())) {
-    LogInfo("no checkpoint to resume from, learning begins anew folder={}", options_.checkpoint_dir);
-    return absl::OkStatus();
-  }
-  RETURN_IF_ERROR(checkpoint.status());
-  ASSIGN_OR_RETURN(const config::v1::Experiment saved, ParseExperiment(checkpoint->experiment));
-  if (saved.name() != options_.experiment.name()) {
-    return absl::FailedPreconditionError(absl::StrCat("the checkpoints in ", options_.checkpoint_dir, " are of the run \"",
-                                                      saved.name(), "\", not \"", options_.experiment.name(), "\""));
-  }
+  ASSIGN_OR_RETURN(const std::optional<Checkpoint> checkpoint,
+                   checkpoints_->ToResume(options_.experiment.name(), options_.resume));
+  if (!checkpoint.has_value()) return absl::OkStatus();
   RETURN_IF_ERROR(Annotate(trainer_->Restore(checkpoint->tensors, /*with_random=*/true), options_.checkpoint_dir));
   RETURN_IF_ERROR(source_->SetState(checkpoint->sampler));
-  updates_ = saved_updates_ = checkpoint->updates;
+  updates_ = checkpoint->updates;
   LogInfo("resumed from a checkpoint updates={} folder={}", updates_, options_.checkpoint_dir);
   absl::MutexLock lock(&mu_);
   progress_.updates = updates_;
@@ -135,8 +128,10 @@ absl::Status Learner::Run() {
 absl::Status Learner::Lead() {
   RETURN_IF_ERROR(GiveState(/*with_random=*/true));
   Publish(/*always_keep=*/true);
-  if (generation_ > 1) AwaitAPlanner();  // the first generation has none that were here before
-  AwaitPlanners();
+  const auto stop = [this] { return stopped(); };
+  // The first generation has none that were here before.
+  if (generation_ > 1) publication_->AwaitAPlanner(options_.planner_patience, stop);
+  publication_->AwaitPlanners(stop);
   mirror_->Follow(std::move(options_.watcher));
   absl::StatusOr<bool> more = true;
   if (options_.wait_for_all_rows) {
@@ -151,11 +146,7 @@ absl::Status Learner::Lead() {
   // Under ALTERNATE a block that was cut short is not published: it is made good after a resume.
   if (!alternate()) Publish(/*always_keep=*/true);
   SaveCheckpoint();
-  if (keeper_ != nullptr) {
-    if (const absl::Status kept = keeper_->Flush(); !kept.ok()) {
-      LogError("replay does not keep the last snapshot updates={} reason={}", updates_, kept.ToString());
-    }
-  }
+  publication_->Flush();
   LogInfo("learner stopped updates={}", updates_);
   return absl::OkStatus();
 }
@@ -226,12 +217,11 @@ absl::StatusOr<bool> Learner::Step() {
 }
 
 absl::StatusOr<bool> Learner::MakeUpdates(int32_t count) {
-  const config::v1::Learning& learning = options_.experiment.learning();
   RETURN_IF_ERROR(AwaitGroup());
   for (int32_t i = 0; i < count; ++i) {
     // Under ALTERNATE the data are others after the block.
     RETURN_IF_ERROR(MakeUpdate(/*more=*/!alternate() || i + 1 < count));
-    if (updates_ % learning.checkpoint_every_updates() == 0 && skipped_in_a_row_ == 0) SaveCheckpoint();
+    if (checkpoints_->Due(updates_)) SaveCheckpoint();
     PublishIfDue();
     RETURN_IF_ERROR(Heartbeat());
     if (stopped()) break;
@@ -240,9 +230,9 @@ absl::StatusOr<bool> Learner::MakeUpdates(int32_t count) {
   if (!alternate()) return true;
   if (stopped()) return false;
   // Once these updates are reported there will be other data, from which they could not be made again.
-  if (skipped_in_a_row_ <= 1) SaveCheckpoint();  // one alone is no sign of bad parameters
+  if (checkpoints_->skipped_in_a_row() <= 1) SaveCheckpoint();  // one alone is no sign of bad parameters
   Publish(/*always_keep=*/true);
-  AwaitPlanners();
+  publication_->AwaitPlanners([this] { return stopped(); });
   published_updates_ = updates_;
   return true;
 }
@@ -260,9 +250,7 @@ absl::Status Learner::MakeUpdate(bool more) {
   report.update_seconds = absl::ToDoubleSeconds(options_.clock->Now() - have_batch);
   report.rows_appended = rows_appended_;
   Observe(report);
-  skipped_in_a_row_ = report.result.skipped ? skipped_in_a_row_ + 1 : 0;
-  learnt_ = learnt_ || !report.result.skipped;
-  return skipped_in_a_row_ < kSkippedBeforeRollback ? absl::OkStatus() : RollBack();
+  return checkpoints_->Count(report.result.skipped) ? RollBack() : absl::OkStatus();
 }
 
 void Learner::Observe(const UpdateReport& report) {
@@ -272,7 +260,9 @@ void Learner::Observe(const UpdateReport& report) {
   metrics_.batch_wait_seconds.Observe(report.batch_wait_seconds);
   if (result.skipped) {
     metrics_.skipped_updates.Increment();
-    if (skipped_in_a_row_ == 0) LogWarning("update skipped: loss or gradient is not finite updates={}", updates_);
+    if (checkpoints_->skipped_in_a_row() == 0) {
+      LogWarning("update skipped: loss or gradient is not finite updates={}", updates_);
+    }
   } else {
     metrics_.gradient_norm.Set(result.gradient_norm);
     metrics_.learning_rate.Set(result.learning_rate);
@@ -353,72 +343,11 @@ void Learner::RefreshRows() {
 }
 
 void Learner::Publish(bool always_keep) {
-  const absl::Time begin = last_snapshot_ = options_.clock->Now();
-  snapshot_updates_ = updates_;
-  SnapshotInfo info;
-  info.model = options_.experiment.model();
-  info.planner = options_.experiment.planner();
-  info.run = options_.experiment.name();
-  info.generation = generation_;
-  info.counter = updates_;
-  absl::StatusOr<std::string> file = SerializeSnapshot(trainer_->published(), info);
-  if (!file.ok()) {
-    LogError("snapshot not published updates={} reason={}", updates_, file.status().ToString());
-    return;
-  }
-  const SnapshotVersion version{generation_, updates_};
-  options_.publisher->Publish(version, *file);
-  metrics_.snapshot_version.Set(static_cast<double>(updates_));
-  if (options_.on_snapshot) options_.on_snapshot(version, *file);
-  const bool keep = always_keep || begin - last_kept_ >= kKeepEvery;
-  if (keep && keeper_ != nullptr) {
-    keeper_->Put({version, *std::move(file)});
-    last_kept_ = begin;
-  } else if (keep) {
-    const absl::Status kept = options_.replay->PutSnapshot({version, *std::move(file)}, options_.clock->Now() + kCall);
-    if (!kept.ok()) {
-      metrics_.put_errors.Increment();
-      LogOutage("PutSnapshot", kept);
-    }
-  }
-  metrics_.publish_seconds.Observe(absl::ToDoubleSeconds(options_.clock->Now() - begin));
+  publication_->Publish(trainer_->published(), {generation_, updates_}, always_keep);
 }
 
 void Learner::PublishIfDue() {
-  if (alternate() || updates_ == snapshot_updates_) return;
-  const config::v1::Learning& learning = options_.experiment.learning();
-  const bool enough = updates_ % learning.snapshot_every_updates() == 0;
-  const bool late = learning.has_snapshot_every_seconds() &&
-                    options_.clock->Now() - last_snapshot_ >= absl::Seconds(learning.snapshot_every_seconds());
-  if (enough || late) Publish(/*always_keep=*/false);
-}
-
-void Learner::AwaitAPlanner() {
-  if (!alternate()) return;
-  const absl::Time deadline = options_.clock->Now() + options_.planner_patience;
-  while (!stopped()) {
-    const absl::Time now = options_.clock->Now();
-    if (options_.publisher->AwaitSubscriber(std::min(deadline, now + kSlice))) return;
-    if (now >= deadline) {
-      LogInfo("no planner has subscribed, learning begins without one waited={}",
-              absl::FormatDuration(options_.planner_patience));
-      return;
-    }
-  }
-}
-
-void Learner::AwaitPlanners() {
-  if (!alternate()) return;
-  const SnapshotVersion version{generation_, updates_};
-  const absl::Time deadline = options_.clock->Now() + kAwaitPlanners;
-  while (!stopped()) {
-    const absl::Time now = options_.clock->Now();
-    if (options_.publisher->AwaitAcknowledgements(version, std::min(deadline, now + kSlice))) return;
-    if (now >= deadline) {
-      LogWarning("not every planner serves the newest snapshot yet updates={}, going on", updates_);
-      return;
-    }
-  }
+  if (publication_->Due(updates_)) Publish(/*always_keep=*/false);
 }
 
 Checkpoint Learner::State() const {
@@ -432,35 +361,15 @@ Checkpoint Learner::State() const {
 }
 
 void Learner::SaveCheckpoint() {
-  if (!checkpoints_.has_value() || saved_updates_ == updates_) return;
-  const absl::Status status = checkpoints_->Save(State());
-  if (!status.ok()) {
-    metrics_.checkpoint_errors.Increment();
-    LogError("checkpoint not written, training goes on updates={} reason={}", updates_, status.ToString());
-    return;
-  }
-  saved_updates_ = updates_;
-  if (learnt_) rollbacks_ = 0;
+  checkpoints_->Save(updates_, [this] { return State(); });
 }
 
-// Parameters and optimizer go back; counters and randomness go on, so that versions stay ordered and the same batches do
-// not come again.
+// Counters and randomness go on, so that versions stay ordered and the same batches do not come again.
 absl::Status Learner::RollBack() {
-  skipped_in_a_row_ = 0;
   if (!leads()) return absl::OkStatus();  // rank 0 gives it the parameters
-  const std::string what = absl::StrCat(kSkippedBeforeRollback, " updates in a row were not finite (updates ", updates_, ")");
-  if (!checkpoints_.has_value()) return absl::InternalError(absl::StrCat(what, " and there are no checkpoints"));
-  if (++rollbacks_ > kRollbacksBeforeGivingUp) {
-    return absl::InternalError(absl::StrCat(what, " again after ", kRollbacksBeforeGivingUp,
-                                            " returns to the last checkpoint: lower learning.learning_rate"));
-  }
-  const absl::StatusOr<Checkpoint> checkpoint = checkpoints_->LoadNewest();
-  if (!checkpoint.ok()) return absl::InternalError(absl::StrCat(what, ": ", checkpoint.status().message()));
-  RETURN_IF_ERROR(trainer_->Restore(checkpoint->tensors, /*with_random=*/false));
-  RETURN_IF_ERROR(GiveState(/*with_random=*/false));
-  learnt_ = false;
-  LogError("{}: back to the parameters of the checkpoint updates={}", what, checkpoint->updates);
-  return absl::OkStatus();
+  ASSIGN_OR_RETURN(const Checkpoint checkpoint, checkpoints_->ToGoBackTo(updates_));
+  RETURN_IF_ERROR(Annotate(trainer_->Restore(checkpoint.tensors, /*with_random=*/false), options_.checkpoint_dir));
+  return GiveState(/*with_random=*/false);
 }
 
 absl::Status Learner::Tell(Order order, int64_t number) {
@@ -543,7 +452,10 @@ absl::Status Learner::TakeState(bool with_random) {
         "rank ", options_.group->rank(), " has another configuration than rank 0: start all ranks with the same one"));
   }
   RETURN_IF_ERROR(trainer_->Restore(state->tensors, with_random));
-  if (!with_random) return absl::OkStatus();
+  if (!with_random) {
+    LogError("back to the parameters of rank 0's checkpoint updates={} rank={}", updates_, options_.group->rank());
+    return absl::OkStatus();
+  }
   RETURN_IF_ERROR(source_->SetState(state->sampler));
   prepared_.reset();
   updates_ = state->updates;

@@ -23,9 +23,10 @@
 #include "libs/client/replay_client.h"
 #include "libs/config/config.h"
 #include "libs/learning/checkpoint.h"
+#include "libs/learning/checkpoint_keeper.h"
 #include "libs/learning/data_parallel.h"
 #include "libs/learning/mirror.h"
-#include "libs/learning/snapshot_keeper.h"
+#include "libs/learning/publication.h"
 #include "libs/learning/snapshot_publisher.h"
 #include "libs/learning/trainer.h"
 
@@ -92,6 +93,8 @@ class Learner {
   // Whether Stop was called, here or at rank 0.
   bool stopped() const;
   Progress progress() const;
+  // What it has learnt; on the learner's thread, or when Run has returned.
+  const WorldModel& model() const { return trainer_->model(); }
 
  private:
   struct Metrics {
@@ -122,7 +125,7 @@ class Learner {
 
   explicit Learner(Options options);
   absl::Status Initialize();
-  absl::Status Resume();
+  absl::Status Resume();  // rank 0: from its newest checkpoint, where there is one
   absl::Status Acquire();  // waits while another learner holds the lease
   void Release();          // lets another learner take over at once
   absl::Status Lead();     // Run while this learner holds the run
@@ -147,11 +150,10 @@ class Learner {
   absl::Status Heartbeat();
   void RefreshRows();
   void Publish(bool always_keep);
-  void PublishIfDue();  // CONCURRENT
-  void AwaitAPlanner();  // ALTERNATE: that there is one
-  void AwaitPlanners();  // ALTERNATE: that they serve the newest snapshot
+  void PublishIfDue();
   Checkpoint State() const;
   void SaveCheckpoint();
+  // Parameters and optimizer go back to the newest checkpoint.
   absl::Status RollBack();
   void Observe(const UpdateReport& report);
   void LogOutage(const char* call, const absl::Status& status);
@@ -162,23 +164,18 @@ class Learner {
 
   Options options_;  // constant after Initialize
   Metrics metrics_;
-  std::optional<CheckpointFolder> checkpoints_;
   std::unique_ptr<Trainer> trainer_;
   std::unique_ptr<Mirror> mirror_;
   std::unique_ptr<MirroredSource> source_;
-  std::unique_ptr<SnapshotKeeper> keeper_;  // CONCURRENT
+  std::unique_ptr<Publication> publication_;  // rank 0's
 
   // The learner's thread only.
+  std::optional<CheckpointKeeper> checkpoints_;  // ranks other than 0 count only
   int64_t generation_ = 0;
   int64_t updates_ = 0;
   int64_t published_updates_ = 0;  // ALTERNATE: whose snapshot the planners serve
-  int64_t snapshot_updates_ = 0;   // behind the newest snapshot
-  int64_t saved_updates_ = -1;
   int64_t rows_appended_ = 0;
-  int skipped_in_a_row_ = 0;
-  int rollbacks_ = 0;  // since the last checkpoint with something learnt
-  bool learnt_ = false;  // an update that was not skipped was made since the last return to a checkpoint
-  absl::Time last_report_, last_snapshot_, last_kept_, last_stats_, last_outage_log_, last_told_;
+  absl::Time last_report_, last_stats_, last_outage_log_, last_told_;
   std::optional<StoredBatch> prepared_;  // the next one, of a rank that is not 0
   std::map<std::string, prometheus::Gauge*> loss_gauges_;
 

@@ -340,49 +340,51 @@ TEST_F(LearnerTest, ConcurrentKeepsTheLastSnapshotForCertain) {
   EXPECT_EQ(Metric("orrery_learner_snapshot_put_errors_total"), 1);
 }
 
-TEST_F(LearnerTest, WaitsForAPlannerWhenTheRunHadALearnerBefore) {
+// A learner whose run had one before.
+class ReturningLearnerTest : public LearnerTest {
+ protected:
+  Learner::Options Waiting(absl::Duration patience) {
+    replay_->generation = 2;
+    Learner::Options options = Options(replay_);
+    options.publisher = &waiting_publisher_;
+    options.clock = &clock_;
+    options.planner_patience = patience;
+    return options;
+  }
+
+  FakeClock clock_;
+  SnapshotPublisher waiting_publisher_{&clock_};
+  const std::shared_ptr<FakeReplay> replay_ = std::make_shared<FakeReplay>(1, 1);
+};
+
+TEST_F(ReturningLearnerTest, WaitsForAPlanner) {
   class Planner : public SnapshotPublisher::Subscriber {
    public:
     void OnSnapshot(std::shared_ptr<const PublishedSnapshot>) override {}
     void OnClose() override {}
   } planner;
-  FakeClock clock;
-  SnapshotPublisher publisher(&clock);
-  auto replay = std::make_shared<FakeReplay>(1, 1);
-  replay->generation = 2;
-  Learner::Options options = Options(replay);
-  options.publisher = &publisher;
-  options.clock = &clock;
-  options.planner_patience = absl::Seconds(5);
+  Learner::Options options = Waiting(absl::Seconds(5));
   absl::Notification begun;
   options.on_update = [&](const Learner::UpdateReport&) { begun.Notify(); };
   ASSERT_OK_AND_ASSIGN(const std::unique_ptr<Learner> learner, Learner::Create(std::move(options)));
   std::thread thread([&] { EXPECT_OK(learner->Run()); });
-  clock.AwaitWaiters(1);  // for a subscriber: time stands still
+  clock_.AwaitWaiters(1);  // for a subscriber: time stands still
   EXPECT_FALSE(begun.HasBeenNotified());
-  EXPECT_THAT(replay->events, ElementsAre("put 2.0"));
-  publisher.Subscribe(&planner, {2, 1});  // it serves what the learner will publish, too
+  EXPECT_THAT(replay_->events, ElementsAre("put 2.0"));
+  waiting_publisher_.Subscribe(&planner, {2, 1});  // it serves what the learner will publish, too
   thread.join();
   EXPECT_TRUE(begun.HasBeenNotified());
-  EXPECT_EQ(clock.Now(), absl::UnixEpoch()) << "it waited for no time to go by";
-  publisher.Unsubscribe(&planner);
+  EXPECT_EQ(clock_.Now(), absl::UnixEpoch()) << "it waited for no time to go by";
+  waiting_publisher_.Unsubscribe(&planner);
 }
 
-TEST_F(LearnerTest, GoesOnWithoutAPlannerAfterAWhile) {
-  FakeClock clock;
-  SnapshotPublisher publisher(&clock);
-  auto replay = std::make_shared<FakeReplay>(1, 1);
-  replay->generation = 2;
-  Learner::Options options = Options(replay);
-  options.publisher = &publisher;
-  options.clock = &clock;
-  options.planner_patience = absl::Milliseconds(400);
-  ASSERT_OK_AND_ASSIGN(const std::unique_ptr<Learner> learner, Learner::Create(std::move(options)));
+TEST_F(ReturningLearnerTest, GoesOnWithoutAPlannerAfterAWhile) {
+  ASSERT_OK_AND_ASSIGN(const std::unique_ptr<Learner> learner, Learner::Create(Waiting(absl::Milliseconds(400))));
   std::thread thread([&] { EXPECT_OK(learner->Run()); });
-  clock.AwaitWaiters(1);
-  clock.Advance(absl::Milliseconds(400));
+  clock_.AwaitWaiters(1);
+  clock_.Advance(absl::Milliseconds(400));
   thread.join();
-  EXPECT_EQ(replay->events.back(), "release 1");
+  EXPECT_EQ(replay_->events.back(), "release 1");
 }
 
 TEST_F(LearnerTest, ConcurrentPublishesAfterSomeTimeToo) {
@@ -480,17 +482,23 @@ void ExpectNear(const TensorMap& expected, const TensorMap& actual) {
   ::testing::Test::RecordProperty("largest_difference", absl::StrCat(largest));
 }
 
-// Both ranks as threads, with one data set that grows as rank 0 reports.
-TEST_F(LearnerTest, TwoRanksLearnAsOneLearnerDoes) {
+// For rank 0, of two on this machine.
+DataParallel::Options GroupOfTwo() {
   setenv("GLOO_SOCKET_IFNAME", "lo", 1);
-  experiment_.mutable_learning()->set_batch_size(4);
-  std::shared_ptr<FakeReplay> straight;
-  ASSERT_OK(Learner::Create(Alternating(16, 0, straight)).value()->Run());
-
   DataParallel::Options group;
   group.size = 2;
   group.master_address = "127.0.0.1";
   group.master_port = FreePort().value();
+  return group;
+}
+
+// Both ranks as threads, with one data set that grows as rank 0 reports.
+TEST_F(LearnerTest, TwoRanksLearnAsOneLearnerDoes) {
+  experiment_.mutable_learning()->set_batch_size(4);
+  std::shared_ptr<FakeReplay> straight;
+  ASSERT_OK(Learner::Create(Alternating(16, 0, straight)).value()->Run());
+
+  const DataParallel::Options group = GroupOfTwo();
   std::vector<std::unique_ptr<FakeWatcher>> watchers(2);
   for (auto& watcher : watchers) watcher = std::make_unique<FakeWatcher>();
   const auto replay = std::make_shared<AlternatingReplay>(16, 0, std::vector{watchers[0].get(), watchers[1].get()});
@@ -521,11 +529,7 @@ TEST_F(LearnerTest, TwoRanksLearnAsOneLearnerDoes) {
 }
 
 TEST_F(LearnerTest, RefusesABatchThatRanksCannotShare) {
-  setenv("GLOO_SOCKET_IFNAME", "lo", 1);
-  DataParallel::Options group;
-  group.size = 2;
-  group.master_address = "127.0.0.1";
-  group.master_port = FreePort().value();
+  const DataParallel::Options group = GroupOfTwo();
   std::thread other([other_rank = group]() mutable {
     other_rank.rank = 1;
     EXPECT_OK(DataParallel::Join(other_rank));

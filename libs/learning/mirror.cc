@@ -217,13 +217,14 @@ IndexTotals Mirror::totals() const {
   return index_->totals();
 }
 
-MirroredSource::MirroredSource(Mirror* mirror, int batch_size, uint64_t seed, bool pinned, BatchPart part)
+MirroredSource::MirroredSource(Mirror* mirror, int batch_size, uint64_t seed, torch::Device device, BatchPart part)
     : mirror_(mirror),
       whole_batch_(batch_size),
       batch_size_(batch_size / part.ranks),
       first_(part.rank * batch_size_),
-      pinned_(pinned),
+      pinned_(device.is_cuda()),
       random_(seed),
+      to_device_(device),
       thread_([this] { Work(); }) {}
 
 MirroredSource::~MirroredSource() {
@@ -274,6 +275,13 @@ absl::StatusOr<StoredBatch> MirroredSource::Next(absl::Time deadline) {
 }
 
 absl::StatusOr<StoredBatch> MirroredSource::Gather(std::mt19937_64& random, Buffers& buffers, absl::Time deadline) {
+  return CatchExceptions("gathering a batch", [&]() -> absl::StatusOr<StoredBatch> {
+    RETURN_IF_ERROR(Fill(random, buffers, deadline));
+    return OnDevice(buffers);
+  });
+}
+
+absl::Status MirroredSource::Fill(std::mt19937_64& random, Buffers& buffers, absl::Time deadline) {
   const std::vector<Mirror::Field>& fields = mirror_->fields();
   std::vector<char*> targets;
   for (const Mirror::Field& field : fields) {
@@ -291,20 +299,23 @@ absl::StatusOr<StoredBatch> MirroredSource::Gather(std::mt19937_64& random, Buff
     if (place < 0 || place >= batch_size_) return;
     std::memcpy(targets[field] + (step * batch_size_ + place) * row_bytes, row, static_cast<size_t>(row_bytes));
   };
-  RETURN_IF_ERROR(mirror_->Sample(whole_batch_, random, deadline, copy));
+  return mirror_->Sample(whole_batch_, random, deadline, copy);
+}
+
+StoredBatch MirroredSource::OnDevice(const Buffers& buffers) {
+  std::vector<torch::Tensor> tensors;
+  for (const auto& entry : buffers) tensors.push_back(entry.second);
+  tensors = to_device_.Copy(std::move(tensors));
   StoredBatch batch;
-  for (const auto& [name, buffer] : buffers) {
-    if (name == kAction) {
-      batch.action = buffer;
-    } else if (name == kReward) {
-      batch.reward = buffer;
-    } else if (name == kIsFirst) {
-      batch.is_first = buffer;
-    } else if (name == kIsTerminal) {
-      batch.is_terminal = buffer;
-    } else {
-      batch.observations[name] = buffer;
-    }
+  size_t next = 0;
+  for (const auto& entry : buffers) {
+    const std::string& name = entry.first;
+    torch::Tensor& place = name == kAction       ? batch.action
+                           : name == kReward     ? batch.reward
+                           : name == kIsFirst    ? batch.is_first
+                           : name == kIsTerminal ? batch.is_terminal
+                                                 : batch.observations[name];
+    place = std::move(tensors[next++]);
   }
   return batch;
 }

@@ -21,6 +21,7 @@
 #include "libs/base/clock.h"
 #include "libs/client/replay_client.h"
 #include "libs/config/config.h"
+#include "libs/device/side_copy.h"
 #include "libs/learning/batch_source.h"
 #include "libs/replay/episode_index.h"
 
@@ -111,19 +112,20 @@ struct BatchPart {
   int ranks = 1;
 };
 
-// Batches gathered from a mirror, uniformly over all valid starts. One consumer thread. The tensors of a batch are used
-// again once the caller has dropped them.
+// Batches gathered from a mirror, uniformly over all valid starts. One consumer thread. The memory of a batch is used again
+// once the caller has dropped it, which must not be before the device has read it.
 //
 // With several ranks each draws the sequences of the whole batch and gathers its part: those with the same seed, from mirrors of
 // the same rows, have together what one source would have given.
 class MirroredSource : public BatchSource {
  public:
-  // The mirror must outlive the source. `batch_size`: of the whole batch, a multiple of the ranks. `pinned`: batches lie in memory
-  // that a GPU copies from without the processor.
-  MirroredSource(Mirror* mirror, int batch_size, uint64_t seed, bool pinned = false, BatchPart part = {0, 1});
+  // The mirror must outlive the source. `batch_size`: of the whole batch, a multiple of the ranks. Batches lie on `device`; on
+  // a GPU they are there when they are given, copied beside its work (side_copy.h).
+  MirroredSource(Mirror* mirror, int batch_size, uint64_t seed, torch::Device device = torch::kCPU, BatchPart part = {0, 1});
   ~MirroredSource() override;
   absl::StatusOr<StoredBatch> Next(absl::Time deadline) override;
-  // Begins to gather the next batch meanwhile, on a thread of its own, from the rows that are there now.
+  // Begins to gather the next batch meanwhile, on a thread of its own, from the rows that are there now, and to copy it to the
+  // device.
   void Prefetch();
 
   // State of the sampler after the last batch of Next, for checkpoints: a batch that was only prefetched comes again.
@@ -134,8 +136,10 @@ class MirroredSource : public BatchSource {
  private:
   using Buffers = std::map<std::string, torch::Tensor>;
 
-  // Gathers a batch into `buffers`.
+  // A batch by way of `buffers`.
   absl::StatusOr<StoredBatch> Gather(std::mt19937_64& random, Buffers& buffers, absl::Time deadline);
+  absl::Status Fill(std::mt19937_64& random, Buffers& buffers, absl::Time deadline);
+  StoredBatch OnDevice(const Buffers& buffers);
   void Work();  // the thread's
   // Waits until nothing is being gathered, and takes what was.
   std::optional<StoredBatch> TakePrefetched();
@@ -145,11 +149,12 @@ class MirroredSource : public BatchSource {
   const int whole_batch_;  // sequences that are drawn
   const int batch_size_;   // and gathered, from this one on:
   const int first_;
-  const bool pinned_;
+  const bool pinned_;  // a GPU copies from such memory without the processor
 
-  // The consumer's; while `wanted_`, those that are `ahead` are the thread's.
+  // The consumer's; while `wanted_`, those that are `ahead` and the copies are the thread's.
   std::mt19937_64 random_, random_ahead_;
-  Buffers buffers_, buffers_ahead_;
+  Buffers buffers_, buffers_ahead_;  // on the host
+  SideCopy to_device_;
 
   absl::Mutex mu_;
   absl::CondVar changed_;

@@ -147,7 +147,7 @@ TEST_F(MirrorTest, PartsOfABatchAreTogetherTheWhole) {
   MirroredSource whole(mirror_.get(), 6, 7);
   std::vector<std::unique_ptr<MirroredSource>> parts;
   for (int rank = 0; rank < 3; ++rank) {
-    parts.push_back(std::make_unique<MirroredSource>(mirror_.get(), 6, 7, /*pinned=*/false, BatchPart{rank, 3}));
+    parts.push_back(std::make_unique<MirroredSource>(mirror_.get(), 6, 7, torch::kCPU, BatchPart{rank, 3}));
   }
   for (int i = 0; i < 3; ++i) {
     ASSERT_OK_AND_ASSIGN(const StoredBatch expected, whole.Next(clock_.Now()));

@@ -30,8 +30,9 @@ class Trainer {
                                                          torch::Device device, int threads, bool bfloat16 = false,
                                                          DataParallel* group = nullptr);
   // One update from a batch as stored: to the device, preprocessed, then the updater. On CUDA the whole of it is one graph, and
-  // all batches must be of one shape; batches in pinned memory arrive faster. In a group it is no graph, and `batch` is this
-  // rank's part. INVALID_ARGUMENT names what is missing; INTERNAL: LibTorch failed; UNAVAILABLE: the group has failed.
+  // all batches must be of one shape; those of a MirroredSource lie there already. The device has read the batch when this
+  // returns. In a group it is no graph, and `batch` is this rank's part. INVALID_ARGUMENT names what is missing; INTERNAL:
+  // LibTorch failed; UNAVAILABLE: the group has failed.
   absl::StatusOr<UpdateResult> Update(const StoredBatch& batch);
 
   // "param.<name>", the optimizer's "adam.…", "random.generator" and, with learning.weight_average_decay, "average.<name>".

@@ -15,6 +15,8 @@
 
 #include "libs/base/status_matchers.h"
 #include "libs/device/captured_step.h"
+#include "libs/learning/learning_testing.h"
+#include "libs/learning/mirror.h"
 #include "libs/learning/trainer.h"
 #include "libs/planning/planner.h"
 #include "libs/serving/engine.h"
@@ -113,6 +115,50 @@ TEST_F(GpuTest, ReplaysDoWhatTheStepDoes) {
   }
   for (int i = 0; i < kRuns; ++i) EXPECT_TRUE(at::equal(results[0][i], results[1][i])) << i;
   EXPECT_FALSE(at::equal(results[1][kRuns - 1] - results[1][kRuns - 2], at::full({1000}, kRuns - 1.0))) << "no new numbers";
+}
+
+// All of a batch, by name.
+TensorMap TensorsOf(const StoredBatch& batch) {
+  TensorMap tensors = batch.observations;
+  tensors["action"] = batch.action;
+  tensors["reward"] = batch.reward;
+  tensors["is_first"] = batch.is_first;
+  tensors["is_terminal"] = batch.is_terminal;
+  return tensors;
+}
+
+// Copied beside a device that is busy: some are held until all have come, the memory of the others is used again.
+TEST_F(GpuTest, BatchesArriveAsTheyLieOnTheHost) {
+  Mirror::Options options;
+  options.model = SmallModel(/*with_image=*/true);
+  options.sequence_length = 8;
+  options.max_rows = 1000;
+  ASSERT_OK_AND_ASSIGN(const std::unique_ptr<Mirror> mirror, Mirror::Create(options));
+  for (int64_t episode = 1; episode <= 3; ++episode) {
+    ASSERT_OK(mirror->Apply(Appended(TestChunk(episode, 0, 30, /*with_image=*/true))));
+  }
+  MirroredSource host(mirror.get(), 16, /*seed=*/7), source(mirror.get(), 16, /*seed=*/7, device_);
+  Tensor busy = at::randn({2048, 2048}, device_);
+  std::vector<TensorMap> expected, arrived;
+  for (int i = 0; i < 4 * kRuns; ++i) {
+    ASSERT_OK_AND_ASSIGN(const StoredBatch there, source.Next(absl::InfiniteFuture()));
+    source.Prefetch();
+    for (int k = 0; k < 20; ++k) busy = at::mm(busy, busy).clamp_(-1, 1);
+    ASSERT_OK_AND_ASSIGN(const StoredBatch here, host.Next(absl::InfiniteFuture()));
+    expected.emplace_back();
+    for (const auto& [name, tensor] : TensorsOf(here)) expected.back()[name] = tensor.clone();
+    arrived.emplace_back();
+    for (const auto& [name, tensor] : TensorsOf(there)) {
+      ASSERT_EQ(tensor.device(), device_) << name;
+      arrived.back()[name] = i % 2 == 0 ? tensor : tensor.cpu();  // behind the work that keeps the device busy
+    }
+  }
+  for (size_t i = 0; i < arrived.size(); ++i) {
+    ASSERT_EQ(arrived[i].size(), expected[i].size());
+    for (const auto& [name, tensor] : expected[i]) {
+      EXPECT_TRUE(at::equal(arrived[i].at(name).cpu(), tensor)) << i << " " << name;
+    }
+  }
 }
 
 TEST_F(GpuTest, LossAndGradientsAreThoseOfTheCpu) {
