@@ -75,6 +75,9 @@ def check_dashboard(name, dashboard):
     require(dashboard["uid"] == f"orrery-{name}", f"{name}: uid is {dashboard['uid']}")
     variables = [variable["name"] for variable in dashboard["templating"]["list"]]
     require(variables == ["datasource", "run", "job", "instance"], f"{name}: variables are {variables}")
+    for one in dashboard["templating"]["list"][1:]:
+        require(one["multi"] and one["allValue"] == ".+", f"{name}: variable {one['name']} is not several values or all")
+    require(dashboard["editable"] is False, f"{name}: can be edited, but it is made by make_dashboards.py")
     ids = [panel["id"] for panel in dashboard["panels"]]
     require(len(set(ids)) == len(ids), f"{name}: ids of panels are not unique")
     for panel in panels_of(dashboard):
@@ -82,10 +85,23 @@ def check_dashboard(name, dashboard):
         require(panel["title"] and panel["description"].endswith("."), f"{where}: expected a title and a sentence about it")
         require(panel["fieldConfig"]["defaults"]["unit"], f"{where}: expected a unit")
         require(panel["targets"], f"{where}: expected a query")
+        for target in panel["targets"]:
+            check_expression(where, target)
     for one, other in itertools.combinations([panel["gridPos"] for panel in dashboard["panels"]], 2):
         apart = (one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"] or
                  one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"])
         require(apart and one["x"] + one["w"] <= 24, f"{name}: panels overlap at {one} and {other}")
+
+
+def check_expression(where, target):
+    """The variables choose what is shown, and rates look as far back as Grafana finds right."""
+    expression = target["expr"]
+    require(target["datasource"]["uid"] == "${datasource}", f"{where}: data source {target['datasource']}")
+    ranges = set(re.findall(r"\[(.+?)\]", expression))
+    require(ranges <= {"$__rate_interval"}, f"{where}: ranges {ranges}")
+    for name, labels in re.findall(r"\b(orrery_\w+|up)\{(.*?)\}", expression):
+        chosen = [f'{label}=~"${label}"' for label in ("run", "job", "instance")]
+        require(set(chosen) <= set(labels.split(",")), f"{where}: {name} of {labels}, expected {chosen}")
 
 
 def check_alerts():

@@ -9,6 +9,7 @@ Exit status 0; 1 with the reasons. Needs PyYAML, promtool, redis-server, redis-c
 flags are read by the real program, its experiment by the real replay service, Redis' configuration by a real Redis.
 """
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -26,7 +27,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 K8S = ROOT / "deploy" / "k8s"
 PROMETHEUS = ROOT / "deploy" / "prometheus"
 NAME = "app.kubernetes.io/name"
-PASSWORD = "s3cret"
+PASSWORD = "s3cret \"$(id)\\x é"
 # Who may call whom at which port: the arrows of docs/architecture.md.
 ARROWS = {
     ("orrery-actor", "orrery-planner", 7103),
@@ -98,11 +99,8 @@ def environment_of(container):
     """In order: a variable sees only those before it."""
     environment = {}
     for variable in container.get("env", []):
-        source = variable.get("valueFrom", {})
-        if "secretKeyRef" in source:
-            require(source["secretKeyRef"] == {"name": "redis", "key": "password"}, f"unknown secret: {source}")
-            environment[variable["name"]] = PASSWORD
-        elif "fieldRef" in source:
+        if "valueFrom" in variable:
+            require(set(variable["valueFrom"]) == {"fieldRef"}, f"container {container['name']}: {variable}: secrets are files")
             environment[variable["name"]] = "10.0.0.1"
         else:
             environment[variable["name"]] = expand(variable["value"], environment)
@@ -351,6 +349,24 @@ def check_security(manifests, versions):
             check_written(name, container)
 
 
+def check_secrets(manifests):
+    """Who talks to Redis has its password as a file, which only the pod's group may read."""
+    wanted = {"secretName": "redis", "defaultMode": 0o440}
+    for name, template in manifests.templates().items():
+        volumes = {v["name"]: v["secret"] for v in template["spec"].get("volumes", []) if "secret" in v}
+        for container in template["spec"]["containers"]:
+            where = f"{name}, container {container['name']}"
+            file = environment_of(container).get("PASSWORD_FILE") or (is_ours(container) and flag(container, "store_password_file"))
+            require(bool(file) == (name in ("redis", "redis-create", "orrery-replay")), f"{where}: password file {file}")
+            if not file:
+                continue
+            file = pathlib.Path(file)
+            mounts = {m["mountPath"]: m["name"] for m in container["volumeMounts"] if m.get("readOnly")}
+            volume = volumes.get(mounts.get(str(file.parent)))
+            require(volume == {**wanted, "items": [{"key": "password", "path": file.name}]}, f"{where}: {file} is of {volume}")
+            require(template["spec"]["securityContext"]["fsGroup"] == 65532, f"{where}: another group cannot read {file}")
+
+
 def check_written(name, container):
     """Folders that a program writes are volumes."""
     writable = [m["mountPath"] for m in container.get("volumeMounts", []) if not m.get("readOnly")]
@@ -423,45 +439,75 @@ def check_queries():
     require(run.returncode == 0, f"prometheus-adapter's queries: {run.stdout}{run.stderr}")
 
 
-def redis_cli(socket, *arguments, password=PASSWORD):
-    return subprocess.run(["redis-cli", "-s", socket, *arguments], capture_output=True, text=True, timeout=30,
-                          env={**os.environ, "REDISCLI_AUTH": password})
+class RedisServer:
+    """A real Redis with the configuration, the scripts and the command of a container, and a socket of its own."""
+
+    def __init__(self, folder, command, files):
+        self.folder, self.socket = pathlib.Path(folder), f"{folder}/socket"
+        for name, text in files:
+            text = text.replace("/etc/redis", folder).replace("dir /data", f"dir {folder}").replace("/data/", folder + "/")
+            (self.folder / name).write_text(text)
+        start = command.index("/etc/redis/server.sh") - 1
+        words = [w.replace("/etc/redis", folder) for w in command[start:]]
+        self.process = subprocess.Popen([*words, "--port", "0", "--unixsocket", self.socket, "--cluster-enabled", "no"],
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                        env=self.environment(PASSWORD))
+
+    def environment(self, password):
+        file = self.folder / f"password-{password.encode().hex()}"
+        if not file.exists():
+            file.write_text(password + "\n")
+        return {**os.environ, "PASSWORD_FILE": str(file)}
+
+    def cli(self, *arguments, password=PASSWORD, **options):
+        return subprocess.run(["sh", self.folder / "with_password.sh", "REDISCLI_AUTH", "redis-cli", "-s", self.socket, *arguments],
+                              env=self.environment(password), capture_output=True, text=True, timeout=30, **options)
+
+    def await_answer(self):
+        for _ in range(300):
+            if self.process.poll() is not None or self.cli("-e", "ping").returncode == 0:
+                break
+            time.sleep(0.1)
+        code = self.process.poll()
+        require(code is None, f"redis-server ended: {code is not None and self.process.stdout.read().strip()}")
+        require(self.cli("-e", "ping").stdout == "PONG\n", "redis-cli -e ping does not answer PONG")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        self.process.communicate(timeout=60)
 
 
 def check_redis(manifests):
     container = manifests.templates()["redis"]["spec"]["containers"][0]
     volume = [v for v in manifests.templates()["redis"]["spec"]["volumes"] if v["name"] == "configuration"][0]
-    require(container["readinessProbe"]["exec"]["command"][-1].startswith(("ping", "redis-cli -e ping &&")), "readiness probe")
+    probe = container["readinessProbe"]["exec"]["command"]
+    require(probe[:3] == ["sh", "/etc/redis/with_password.sh", "REDISCLI_AUTH"], f"readiness probe: {probe}")
+    require(" ".join(probe[3:]).startswith(("redis-cli -e ping", "sh -c redis-cli -e ping &&")), f"readiness probe: {probe}")
     files = tuple(sorted(manifests.files(volume["configMap"]["name"]).items()))
     run_redis(tuple(command_of(container)), files, amount(environment_of(container)["MAXMEMORY"]))
 
 
 @functools.cache
 def run_redis(command, files, maxmemory):
-    """A real Redis reads the configuration, and the probe tells who may log in."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name, text in files:
-            text = text.replace("/etc/redis", folder).replace("dir /data", f"dir {folder}").replace("/data/", folder + "/")
-            pathlib.Path(folder, name).write_text(text)
-        words = [w.replace("/etc/redis", folder) for w in command[command.index("redis-server"):]]
-        socket = f"{folder}/socket"
-        server = subprocess.Popen([*words, "--port", "0", "--unixsocket", socket, "--cluster-enabled", "no"],
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        try:
-            for _ in range(300):
-                if server.poll() is not None or redis_cli(socket, "-e", "ping").returncode == 0:
-                    break
-                time.sleep(0.1)
-            require(server.poll() is None, f"redis-server ended: {server.poll() and server.stdout.read().strip()}")
-            require(redis_cli(socket, "-e", "ping").stdout == "PONG\n", "redis-cli -e ping does not answer PONG")
-            require(redis_cli(socket, "-e", "ping", password="wrong").returncode != 0, "the probe accepts a wrong password")
-            for key, value in (("maxmemory-policy", "noeviction"), ("appendonly", "yes"), ("appendfsync", "always"),
-                               ("maxmemory", str(maxmemory))):
-                found = redis_cli(socket, "config", "get", key).stdout.split()
-                require(found == [key, value], f"Redis: {found}, expected {key} {value}")
-        finally:
-            server.terminate()
-            server.communicate(timeout=60)
+    """What the configuration sets, and who may log in, also while the password changes (docs/kubernetes.md)."""
+    with tempfile.TemporaryDirectory() as folder, RedisServer(folder, command, files) as server:
+        server.await_answer()
+        title = pathlib.Path(f"/proc/{server.process.pid}/comm").read_text()
+        require(title == "redis-server\n", f"the container's first process is {title}, which SIGTERM would not reach")
+        for key, value in (("maxmemory-policy", "noeviction"), ("appendonly", "yes"), ("appendfsync", "always"),
+                           ("maxmemory", str(maxmemory))):
+            found = server.cli("config", "get", key).stdout.split()
+            require(found == [key, value], f"Redis: {found}, expected {key} {value}")
+        for password in ("wrong", "new"):
+            require(server.cli("-e", "ping", password=password).returncode != 0, f"the password {password} is accepted")
+        change = server.cli(input="acl setuser default >new\nconfig set masterauth new\n")
+        require(change.stdout == "OK\nOK\n", f"changing the password: {change.stdout}{change.stderr}")
+        for password, code in ((PASSWORD, 0), ("new", 0), ("wrong", 1)):
+            found = server.cli("-e", "ping", password=password).returncode
+            require(found == code, f"the password {password} while it changes: {found}, expected {code}")
 
 
 def versions_of_images():
@@ -513,17 +559,28 @@ class Node:
         base = (K8S / "base" / "redis.conf").read_text()
         configuration.write_text((base + text.replace("include /etc/redis/redis.conf", ""))
                                  .replace("dir /data", f"dir {self.folder}").replace("/data/", f"{self.folder}/"))
+        password = self.folder / "password"
+        password.write_text(PASSWORD)
         script = K8S / "components" / "redis-cluster" / "start.sh"
         self.server = subprocess.Popen(
-            ["sh", script, self.folder, "redis-server", configuration, "--requirepass", PASSWORD, "--masterauth", PASSWORD,
-             "--port", str(self.port), "--bind", address, "--logfile", self.folder / "log"],
-            env={**environment, "POD_IP": address, "HOST_NAME": f"{self.name}.redis"})
+            ["sh", script, self.folder, "sh", K8S / "base" / "server.sh", "redis-server", configuration, "--port", str(self.port),
+             "--bind", address, "--logfile", self.folder / "log"],
+            env={**environment, "PASSWORD_FILE": str(password), "POD_IP": address, "HOST_NAME": f"{self.name}.redis"},
+            stdout=subprocess.DEVNULL)
 
     def stop(self):
-        if self.server is not None:
+        """Redis does not heed SIGTERM while it writes its first append-only file after it became a replica: once more then."""
+        for _ in range(60):
             self.server.terminate()
-            self.server.wait(timeout=60)
-            self.server = None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.server.wait(timeout=1)
+                return
+        raise Failure(f"{self.name} did not end within 60 s of SIGTERM")
+
+    def kill(self):
+        if self.server is not None:
+            self.server.kill()
+            self.server.wait()
 
 
 def await_output(command, environment, wanted, what):
@@ -584,7 +641,7 @@ def check_cluster():
                 await_output(client(2, node) + ["get", "key"], environment, "value", f"reading at moved node {node}")
         finally:
             for node in nodes:
-                node.stop()
+                node.kill()
 
 
 def pods_of(manifests):
@@ -628,7 +685,7 @@ def main():
     for file in arguments.files:
         manifests = Manifests(file)
         for check in (check_sizes, check_arrows, check_ports, check_shutdown, check_spread, check_budgets, check_monitoring,
-                      check_autoscaling, check_gpu, check_redis):
+                      check_autoscaling, check_gpu, check_secrets, check_redis):
             attempt(file, check, manifests)
         attempt(file, check_security, manifests, versions_of_images())
         for check in (check_flags, check_experiment):

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Shows that deploy/compose.yaml works: builds the images, starts everything, sees learning go on in the metrics of the real
-# Prometheus, crashes each container, stops everything and starts it again. Needs nothing of Docker Hub; Grafana, which is not
-# in Debian, is left out.
+# Prometheus, crashes each container, changes Redis' password, stops everything and starts it again. Needs nothing of Docker Hub;
+# Grafana, which is not in Debian, is left out.
 #
 #   tools/compose_test.sh [--no-build] [--keep] [--data_root=FOLDER] [--base=IMAGE]
 #
 #   --no-build       takes the images that are there
 #   --keep           leaves containers, volumes and the daemon running
 #   --data_root=D    where a daemon that this script starts keeps images (default: a temporary folder, removed at the end)
-#   --base=IMAGE     base image (default debian:bookworm-slim; made with debootstrap where it cannot be pulled)
+#   --base=IMAGE     base image (default: that of deploy/.env; made with debootstrap where it cannot be pulled)
 #
 # Where no Docker daemon runs, one is started (as root) and stopped again. Exit code: 0 all passed, 1 something failed, 77
 # Docker, its Compose plugin (2.24 or newer) or the right to start a daemon is missing.
@@ -18,7 +18,7 @@ cd "$(dirname "$0")/.."
 SERVICES=(redis replay learner planner actor redis-exporter prometheus)
 PATIENCE=300  # seconds for each step; how long it took is printed
 project="orrery-test-$$"
-build=1 keep=0 data_root="" base=debian:bookworm-slim
+build=1 keep=0 data_root="" base="$(sed -n 's/^BASE_IMAGE=//p' deploy/.env)"
 for argument in "$@"; do
   case "$argument" in
     --no-build) build=0 ;;
@@ -85,18 +85,22 @@ find_base() {
   say "making the base image with debootstrap"
   debootstrap --variant=minbase bookworm "$work/root" >"$work/debootstrap.log"
   rm -rf "$work"/root/var/cache/apt/archives/*.deb "$work"/root/var/lib/apt/lists/*
-  # As in Debian's own image: nothing is started while packages are installed.
+  # As in Debian's own image: nothing is started while packages are installed, and they are not synced one by one.
   printf '#!/bin/sh\nexit 101\n' >"$work/root/usr/sbin/policy-rc.d"
   chmod +x "$work/root/usr/sbin/policy-rc.d"
+  echo force-unsafe-io >"$work/root/etc/dpkg/dpkg.cfg.d/docker-apt-speedup"
   tar -C "$work/root" -c . | docker import - "$BASE_IMAGE" >/dev/null
   rm -rf "$work/root"
 }
 
 check_files() {
-  local version
+  local version file
   version="$(sed -nE 's/^project\(orrery VERSION ([0-9.]+).*/\1/p' CMakeLists.txt)"
   grep -qx "ORRERY_VERSION=$version" deploy/.env ||
     die "deploy/.env: expected ORRERY_VERSION=$version, the version of CMakeLists.txt"
+  for file in docker/Dockerfile docker/test/Dockerfile; do
+    grep -qx "ARG $(grep '^BASE_IMAGE=' deploy/.env)" "$file" || die "$file: expected the base image of deploy/.env"
+  done
   docker compose -f deploy/compose.yaml config >"$work/config"
   docker compose -f deploy/compose.yaml -f deploy/compose.gpu.yaml --profile tools config --quiet
   COMPOSE_PROFILES="" compose config --quiet
@@ -107,12 +111,19 @@ check_files() {
 }
 
 check_images() {
-  local name image user size version
+  local name image user label check size version
   version="$(sed -n 's/^ORRERY_VERSION=//p' deploy/.env)"
   for name in replay learner planner actor tools; do
     image="orrery/$name:$version"
     user="$(docker image inspect --format '{{.Config.User}}' "$image")"
     [ "$user" = 65532:65532 ] || die "$image runs as \"$user\": expected 65532:65532"
+    label="$(docker image inspect --format '{{index .Config.Labels "org.opencontainers.image.version"}}' "$image")"
+    [ "$label" = "$version" ] || die "$image has the version \"$label\" as its label: expected $version"
+    check="$(docker image inspect --format '{{json .Config.Healthcheck.Test}}' "$image")"
+    case "$name $check" in
+      "tools [\"NONE\"]" | "$name [\"CMD\",\"orrery-$name\",\"--healthcheck\"]") ;;
+      *) die "$image is asked for its health by $check" ;;
+    esac
     size="$(docker image inspect --format '{{.Size}}' "$image")"
     say "$image has $((size / 1000000)) MB"
   done
@@ -121,6 +132,8 @@ check_images() {
     [ ! -s "$work/torch" ] || die "orrery/$name carries LibTorch, which it does not load: $(head -1 "$work/torch")"
   done
   docker run --rm --read-only --cap-drop ALL --network none "orrery/tools:$version" doctor
+  docker run --rm --read-only --cap-drop ALL --network none "orrery/tools:$version" train --help >"$work/help"
+  grep -q -- --config "$work/help" || die "orrery train --help tells nothing of --config"
 }
 
 # ask QUERY: the sum that Prometheus answers; nothing where it has no such series.
@@ -165,6 +178,13 @@ await_targets() {
   die "not every target is scraped: $up of 5 jobs"
 }
 
+# The command-line tool gets into Redis.
+check_tools() {
+  compose run --rm -T tools replay list --store=redis://redis:6379 >"$work/list" 2>"$work/list.log" ||
+    { cat "$work/list.log" >&2; die "orrery replay list failed"; }
+  grep -q point_pixels "$work/list" || die "orrery replay list does not show the run: $(cat "$work/list")"
+}
+
 # Ends the first process of a container as a crash would, so that Docker's restart policy must act.
 crash() {
   local id pid restarts
@@ -200,8 +220,37 @@ await_restart() {
   done
 }
 
+# As docs/docker.md tells; a restarted Redis knows the new password only.
+change_password() {
+  local old new=new-password
+  old="$(cat "$REDIS_PASSWORD_FILE")"
+  printf 'acl setuser default >%s\n' "$new" |
+    compose exec -T redis sh /etc/redis/with_password.sh REDISCLI_AUTH redis-cli >"$work/acl"
+  [ "$(cat "$work/acl")" = OK ] || die "the new password was not accepted: $(cat "$work/acl")"
+  echo "$new" >"$REDIS_PASSWORD_FILE"
+  compose restart replay redis-exporter >"$work/restart.log" 2>&1
+  compose restart redis >>"$work/restart.log" 2>&1
+  await_healthy "after Redis' password was changed"
+  if compose exec -T --env "REDISCLI_AUTH=$old" redis redis-cli -e ping >"$work/ping" 2>&1; then
+    die "Redis takes the old password"
+  fi
+  check_secrecy
+}
+
+# Neither Docker nor the list of processes shows a password.
+check_secrecy() {
+  compose ps --all --quiet | xargs docker inspect >"$work/inspect"
+  compose top >"$work/top"
+  grep -q with_password.sh "$work/inspect" || die "docker inspect shows nothing of the containers' commands"
+  if grep -E '(old|new)-password' "$work/inspect" "$work/top" >&2; then die "docker inspect or top shows the password of Redis"; fi
+}
+
+# What is there stays as it is when it is started again.
 start_all() {
   await_healthy "$1"
+  compose ps --all --quiet | sort >"$work/first"
+  compose up --detach --wait >"$work/up.log" 2>&1 || { cat "$work/up.log" >&2; die "$1: up once more failed"; }
+  compose ps --all --quiet | sort | diff "$work/first" - >&2 || die "$1: up once more made other containers"
   say "$1: all containers are healthy"
 }
 
@@ -228,6 +277,10 @@ docker compose version >/dev/null 2>&1 || skip "Docker's Compose plugin is not i
 start_daemon
 find_base
 check_files
+# In a folder that only its owner may enter.
+export REDIS_PASSWORD_FILE="$work/redis_password"
+printf '%s\n' "old-password \"'\\x 'é" >"$REDIS_PASSWORD_FILE"
+chmod 644 "$REDIS_PASSWORD_FILE"
 export COMPOSE_PROFILES=observability REPLAY_PORT=0 PLANNER_PORT=0 PROMETHEUS_PORT=0
 if [ "$build" -eq 1 ]; then
   say "building the images from $BASE_IMAGE"
@@ -238,10 +291,14 @@ check_images
 start_all "first start"
 await_targets
 await_learning "first start"
+check_tools
 for service in "${SERVICES[@]}"; do
   crash "$service"
   await_learning "after $service was killed"
 done
+change_password
+await_learning "after Redis' password was changed"
+check_tools
 await_targets
 before="$(total orrery_replay_steps)"
 stop_all

@@ -102,7 +102,7 @@ def number(title, unit, description, the_query, width=4):
 def heatmap(title, unit, description, name, width=8):
     increase = f"sum by (le) (increase({metric(name + '_bucket')}[$__rate_interval]))"
     options = {"calculate": False, "cellGap": 1, "color": {"mode": "scheme", "scheme": "Blues", "steps": 64},
-               "yAxis": {"unit": unit}, "tooltip": {"show": True, "yHistogram": True}, "legend": {"show": True}}
+               "yAxis": {"unit": unit}, "tooltip": {"mode": "single", "yHistogram": True}, "legend": {"show": True}}
     return Panel(title, unit, description, [query(increase, "{{le}}")], "heatmap", width, options=options)
 
 

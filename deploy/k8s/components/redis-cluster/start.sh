@@ -3,7 +3,7 @@
 # all of them have started anew no node would find another one. Their host names stay: each is asked for its address now. A
 # node whose name is not known yet keeps the old address: it will find this one, which is enough.
 #
-#   start.sh FOLDER redis-server ARGUMENTS…      environment: POD_IP, HOST_NAME (its own, as others find it)
+#   start.sh FOLDER COMMAND…      environment: POD_IP, HOST_NAME (its own, as others find it)
 set -eu
 folder="$1"
 shift
