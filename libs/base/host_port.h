@@ -15,7 +15,8 @@ struct HostPort {
   std::string text() const;
 };
 
-// "HOST:PORT", "[HOST]:PORT", ":PORT" or "PORT". nullopt: anything else, or a port above 65535.
+// "HOST:PORT", "[HOST]:PORT", ":PORT" or "PORT"; the last colon ends a host without brackets. nullopt: anything else, or a port
+// above 65535.
 std::optional<HostPort> ParseHostPort(absl::string_view text);
 
 }  // namespace orrery

@@ -8,10 +8,10 @@
 
 namespace orrery {
 
-// For between quotes in a log line: on one line, quotes and control characters escaped, at most 500 bytes of it. Errors may
-// repeat what a request said.
+// For between quotes in a log line: on one line, at most 500 bytes of it, with quotes and whatever is not ASCII's letters, digits
+// and signs escaped. Errors may repeat what a request said.
 inline std::string LogText(absl::string_view text) {
-  return absl::StrReplaceAll(absl::Utf8SafeCEscape(text.substr(0, 500)), {{"\\'", "'"}});
+  return absl::StrReplaceAll(absl::CEscape(text.substr(0, 500)), {{"\\'", "'"}});
 }
 
 }  // namespace orrery

@@ -31,7 +31,7 @@ struct TraceContext {
 // A header `traceparent`. Version 00 is taken exactly, later ones by what they share with it. Nothing: not one, such as
 // ids of zeros or uppercase digits.
 std::optional<TraceContext> ParseTraceparent(absl::string_view text);
-// A new trace with its first span; sampled. Ids do not repeat, in other processes neither.
+// A new trace with its first span; sampled. Ids are random: they do not repeat but by chance.
 TraceContext NewTrace();
 
 // The thread's trace from construction to the end of the scope, on the same thread. One that is not valid: none.

@@ -69,7 +69,7 @@ absl::StatusOr<Checkpoint> CheckpointKeeper::ToGoBackTo(int64_t updates) {
   absl::StatusOr<Checkpoint> checkpoint = checkpoints_->LoadNewest();
   if (!checkpoint.ok()) return absl::InternalError(absl::StrCat(what, ": ", checkpoint.status().message()));
   learnt_ = false;
-  LogError("{}: back to the parameters of the checkpoint updates={}", what, checkpoint->updates);
+  LogError("{}: going back to the parameters of the checkpoint updates={}", what, checkpoint->updates);
   return checkpoint;
 }
 

@@ -17,7 +17,8 @@ namespace orrery {
 // The checkpoints of one run, and the count of updates that were skipped because they were not finite. Not thread-safe.
 //
 // After kSkippedBeforeReturn such updates in a row the parameters are taken for spoilt, and learning goes back to the newest
-// checkpoint. Where nothing is learnt between such returns, the one after kReturnsBeforeGivingUp ends it. The ranks of a group
+// checkpoint. Where no checkpoint with something learnt is written between such returns, the one after kReturnsBeforeGivingUp
+// ends it. The ranks of a group
 // skip alike, so each counts by itself; those without a folder never save.
 class CheckpointKeeper {
  public:

@@ -44,13 +44,15 @@ void Publication::Publish(const WorldModel& model, SnapshotVersion version, bool
   newest_ = version;
   options_.version->Set(static_cast<double>(version.counter));
   if (options_.on_snapshot) options_.on_snapshot(version, *file);
-  if (always_keep || begin - last_kept_ >= kKeepEvery) Keep({version, *std::move(file)});
+  if (always_keep || begin - last_kept_ >= kKeepEvery) {
+    last_kept_ = begin;
+    Keep({version, *std::move(file)});
+  }
   options_.seconds->Observe(absl::ToDoubleSeconds(options_.clock->Now() - begin));
 }
 
 void Publication::Keep(Store::Snapshot snapshot) {
   const absl::Time now = options_.clock->Now();
-  last_kept_ = now;
   if (keeper_ != nullptr) {
     keeper_->Put(std::move(snapshot));
     return;

@@ -24,7 +24,7 @@ namespace orrery {
 
 // Not thread-safe: the learner's thread only. Errors are counted and logged, and never end the learner.
 //
-// ALTERNATE: replay has a snapshot, or has failed to take it, when Publish returns; planners can be waited for. CONCURRENT: a
+// ALTERNATE: replay has what it is handed, or has failed to take it, when Publish returns; planners can be waited for. CONCURRENT: a
 // snapshot is due after so many updates or seconds, and a thread of its own hands replay one every 5 s.
 class Publication {
  public:
@@ -44,7 +44,7 @@ class Publication {
 
   explicit Publication(Options options);
 
-  // Makes the newest snapshot of `model`. CONCURRENT without `always_keep`: replay gets it unless it got one a moment ago.
+  // Makes the newest snapshot of `model`. Replay gets it, too; without `always_keep` only 5 s after it got the one before.
   void Publish(const WorldModel& model, SnapshotVersion version, bool always_keep);
   // CONCURRENT: whether the next one should be published after `updates`. False under ALTERNATE.
   bool Due(int64_t updates) const;

@@ -61,7 +61,10 @@ class PublicationTest : public ::testing::Test {
     learning.set_snapshot_every_updates(4);
     learning.set_snapshot_every_seconds(kEverySeconds);
     options.replay = replay_;
-    options.on_snapshot = [this](SnapshotVersion version, const std::string&) { seen_.push_back(version.counter); };
+    options.on_snapshot = [this](SnapshotVersion version, const std::string&) {
+      clock_.Advance(snapshot_takes_);
+      seen_.push_back(version.counter);
+    };
     options.publisher = &publisher_;
     options.version = &version_;
     options.seconds = &seconds_;
@@ -78,6 +81,7 @@ class PublicationTest : public ::testing::Test {
   prometheus::Histogram seconds_{prometheus::Histogram::BucketBoundaries{1}};
   prometheus::Counter put_errors_;
   std::vector<int64_t> seen_;
+  absl::Duration snapshot_takes_ = absl::ZeroDuration();
 };
 
 TEST_F(PublicationTest, AlternateKeepsEachSnapshotAtOnce) {
@@ -136,6 +140,18 @@ TEST_F(PublicationTest, ConcurrentHandsReplayOneEveryFiveSeconds) {
   for (const Store::Snapshot& snapshot : replay_->kept()) kept.push_back(snapshot.version.counter);
   EXPECT_THAT(kept, ElementsAre(1, 3, 5));
   EXPECT_THAT(seen_, ElementsAre(1, 2, 3, 4, 5));
+}
+
+TEST_F(PublicationTest, FiveSecondsAreCountedFromTheBeginningOfASnapshot) {
+  snapshot_takes_ = absl::Milliseconds(100);
+  const auto publication = Make(config::v1::Learning::CONCURRENT);
+  const absl::Time begin = clock_.Now();
+  publication->Publish(*model_, {1, 1}, /*always_keep=*/false);
+  publication->Flush();
+  clock_.Advance(begin + absl::Seconds(5) - clock_.Now());
+  publication->Publish(*model_, {1, 2}, /*always_keep=*/false);
+  publication->Flush();
+  EXPECT_EQ(replay_->kept().size(), 2u);
 }
 
 TEST_F(PublicationTest, CountsWhatReplayDoesNotTake) {

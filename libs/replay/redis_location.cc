@@ -46,7 +46,7 @@ absl::StatusOr<RedisEndpoint> ParseEndpoint(absl::string_view text) {
 
 }  // namespace
 
-std::string EndpointText(const RedisEndpoint& endpoint) { return absl::StrCat(endpoint.host, ":", endpoint.port); }
+std::string EndpointText(const RedisEndpoint& endpoint) { return HostPort{endpoint.host, endpoint.port}.text(); }
 
 std::optional<RedisLocationText> SplitRedisLocation(absl::string_view location) {
   for (const absl::string_view scheme : {kScheme, kClusterScheme}) {

@@ -16,7 +16,7 @@ struct RedisEndpoint {
   auto operator<=>(const RedisEndpoint&) const = default;
 };
 
-// "HOST:PORT".
+// "HOST:PORT", with brackets where the host holds colons.
 std::string EndpointText(const RedisEndpoint& endpoint);
 
 struct RedisLogin {

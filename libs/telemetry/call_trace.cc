@@ -1,12 +1,15 @@
 #include "libs/telemetry/call_trace.h"
 
+#include <algorithm>
 #include <iterator>
 #include <map>
 #include <string>
 #include <utility>
 
 #include "absl/status/status.h"
+#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
 #include "absl/time/clock.h"
 #include "libs/base/log.h"
 #include "libs/base/log_text.h"
@@ -41,12 +44,11 @@ std::string LinksOf(const Metadata& metadata) {
   return absl::StrCat(" links=", ids);
 }
 
-// Errors that say that something is wrong. The others belong to a system at work: something is away, full, not there yet, or
-// nobody waits for it any more.
+// Errors that say that something is wrong. The others belong to a system at work: something is away, full, not there yet, taken by
+// another, or nobody waits for it any more.
 bool WorthALine(grpc::StatusCode code) {
   switch (code) {
     case grpc::StatusCode::INVALID_ARGUMENT:
-    case grpc::StatusCode::ALREADY_EXISTS:
     case grpc::StatusCode::FAILED_PRECONDITION:
     case grpc::StatusCode::UNIMPLEMENTED:
     case grpc::StatusCode::UNKNOWN:
@@ -56,6 +58,14 @@ bool WorthALine(grpc::StatusCode code) {
     default:
       return false;
   }
+}
+
+// Of a method that nobody serves it is what the client sent.
+std::string MethodName(absl::string_view path) {
+  const bool plain = path.size() <= 200 && std::all_of(path.begin(), path.end(), [](unsigned char c) {
+                       return absl::ascii_isalnum(c) || c == '/' || c == '.' || c == '_';
+                     });
+  return plain ? std::string(path) : "unknown";
 }
 
 std::string CodeName(grpc::StatusCode code) { return absl::StatusCodeToString(static_cast<absl::StatusCode>(code)); }
@@ -98,9 +108,9 @@ class CallInterceptor : public grpc::experimental::Interceptor {
     const double seconds = absl::ToDoubleSeconds(now - began_);
     const TraceScope scope(trace_);
     if (left_out.has_value()) {
-      LogWarning("call ended method={} code={} seconds={:.6f}{}", method_, CodeName(code), seconds, more);
+      LogWarning("call ended method={} code={} seconds={:.6f}{}", MethodName(method_), CodeName(code), seconds, more);
     } else {
-      LogDebug("call ended method={} code={} seconds={:.6f}{}", method_, CodeName(code), seconds, more);
+      LogDebug("call ended method={} code={} seconds={:.6f}{}", MethodName(method_), CodeName(code), seconds, more);
     }
   }
 
@@ -136,7 +146,7 @@ std::vector<std::unique_ptr<grpc::experimental::ServerInterceptorFactoryInterfac
 
 std::optional<int64_t> LineLimit::Pass(absl::Time now) {
   absl::MutexLock lock(&mu_);
-  if (now - since_ >= absl::Seconds(1)) {
+  if (now < since_ || now - since_ >= absl::Seconds(1)) {  // the clock may be set back
     since_ = now;
     passed_ = 0;
   }

@@ -26,7 +26,7 @@ TraceContext TraceOf(const grpc::ServerContextBase& context);
 inline constexpr char kTraceLinksKey[] = "orrery-trace-links";
 inline constexpr size_t kMaxTraceLinks = 64;
 
-// For ServerBuilder. Give every call its trace, and log in it when it has ended, with method, code and seconds: a warning for
+// For ServerBuilder. Give every call its trace, and log in it when its handler has ended it, with method, code and seconds: a warning for
 // an error that says that the request or the server is wrong (LineLimit), all others, and what the limit left out, at debug.
 std::vector<std::unique_ptr<grpc::experimental::ServerInterceptorFactoryInterface>> MakeCallInterceptors();
 

@@ -26,7 +26,9 @@
 namespace orrery {
 namespace {
 using ::testing::AllOf;
+using ::testing::Contains;
 using ::testing::ContainsRegex;
+using ::testing::Each;
 using ::testing::EndsWith;
 using ::testing::HasSubstr;
 using ::testing::Not;
@@ -234,17 +236,31 @@ void Exchange(int port, const std::string& bytes) {
   close(connection);
 }
 
+std::string Call(const std::string& path, const std::string& traceparent) {
+  const std::string headers = Header(":method", "POST") + Header(":scheme", "http") + Header(":path", path) +
+                              Header(":authority", "test") + Header("te", "trailers") +
+                              Header("content-type", "application/grpc") + Header("traceparent", traceparent);
+  return "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + Frame(4, 0, 0, "") + Frame(1, 4, 1, headers) +
+         Frame(0, 1, 1, std::string(5, '\0'));
+}
+
+// A method that nobody serves is whatever the client has sent.
+TEST_F(CallTraceTest, APathWritesNoLines) {
+  Start("info");
+  for (const std::string& path : {std::string("/x\nFORGED"), std::string("/x code=OK"), "/" + std::string(120, 'x') + "\x1b"}) {
+    Exchange(host_->port(), Call(path, kSent));
+  }
+  const std::vector<std::string> lines = Lines("");
+  EXPECT_THAT(lines, Contains(HasSubstr("method=unknown code=UNIMPLEMENTED ")).Times(3));
+  EXPECT_THAT(lines, Each(AllOf(Not(HasSubstr("FORGED")), Not(HasSubstr("code=OK")), Not(HasSubstr("\x1b")))));
+}
+
 TEST_F(CallTraceTest, BytesInAHeaderEndNothing) {
   Start("debug");
   std::string binary;
   for (int i = 0; i < 55; ++i) binary += static_cast<char>(i * 37);
   for (const std::string& value : {binary, std::string(55, '\0'), std::string(kSent).replace(2, 1, 1, '\0')}) {
-    const std::string headers = Header(":method", "POST") + Header(":scheme", "http") +
-                                Header(":path", "/orrery.replay.v1.ReplayService/GetStats") + Header(":authority", "test") +
-                                Header("te", "trailers") + Header("content-type", "application/grpc") +
-                                Header("traceparent", value);
-    Exchange(host_->port(), "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + Frame(4, 0, 0, "") + Frame(1, 4, 1, headers) +
-                                Frame(0, 1, 1, std::string(5, '\0')));
+    Exchange(host_->port(), Call("/orrery.replay.v1.ReplayService/GetStats", value));
     EXPECT_EQ(GetStats({{"traceparent", kSent}}), grpc::StatusCode::OK);
   }
   EXPECT_GT(service_.seen().size(), 3u) << "gRPC let none of them through";

@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "libs/base/log.h"
+#include "libs/base/log_text.h"
 #include "libs/base/trace.h"
 #include "libs/client/chunk_proto.h"
 #include "libs/client/status.h"
@@ -46,7 +47,7 @@ class Subscription final : public grpc::ServerBidiReactor<SubscribeSnapshotsRequ
     }
     if (planner_id_.empty()) {
       planner_id_ = request_.planner_id();
-      LogInfo("planner subscribed planner={} generation={} counter={}", planner_id_, serving->generation,
+      LogInfo("planner subscribed planner=\"{}\" generation={} counter={}", LogText(planner_id_), serving->generation,
               serving->counter);
       publisher_->Subscribe(this, *serving);
     } else {
@@ -71,7 +72,7 @@ class Subscription final : public grpc::ServerBidiReactor<SubscribeSnapshotsRequ
   void OnDone() override {
     publisher_->Unsubscribe(this);
     const TraceScope trace(trace_);
-    if (!planner_id_.empty()) LogInfo("planner left planner={}", planner_id_);
+    if (!planner_id_.empty()) LogInfo("planner left planner=\"{}\"", LogText(planner_id_));
     delete this;
   }
 

@@ -12,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "libs/base/log.h"
+#include "libs/base/log_text.h"
 #include "libs/base/random.h"
 #include "libs/base/status.h"
 #include "libs/base/trace.h"
@@ -423,7 +424,7 @@ class PlannerServerImpl final : public PlannerServer, public planner::v1::Planne
     }
     if (!outputs.ok()) {
       const TraceScope trace(calls[0]->trace());
-      LogError("request failed slots={} error=\"{}\"", slots.size(), outputs.status().ToString());
+      LogError("request failed slots={} error=\"{}\"", slots.size(), LogText(outputs.status().ToString()));
       calls[0]->Fail(outputs.status());
       return;
     }

@@ -383,13 +383,18 @@ absl::StatusOr<bool> ReplayServerImpl::TakeAppend(const AppendMessage& message, 
 void ReplayServerImpl::NoteAppend(const AppendResponse& response, int rows, const absl::Status& appended) {
   if (appended.ok()) {
     LogDebug("chunk appended episode={} first_row={} rows={}", response.episode_id(), response.first_row(), rows);
-  } else if (IsFinalError(appended.code()) && refusals_.Pass(absl::Now()).has_value()) {
-    LogWarning("chunk refused episode={} first_row={} rows={} error=\"{}\"", response.episode_id(), response.first_row(), rows,
-               LogText(appended.ToString()));
-  } else {
+    return;
+  }
+  std::optional<int64_t> left_out;
+  if (IsFinalError(appended.code())) left_out = refusals_.Pass(absl::Now());
+  if (!left_out.has_value()) {
     LogDebug("chunk not appended episode={} first_row={} rows={} error=\"{}\"", response.episode_id(), response.first_row(),
              rows, LogText(appended.ToString()));
+    return;
   }
+  const std::string more = *left_out > 0 ? absl::StrCat(" lines_left_out=", *left_out) : "";
+  LogWarning("chunk refused episode={} first_row={} rows={} error=\"{}\"{}", response.episode_id(), response.first_row(), rows,
+             LogText(appended.ToString()), more);
 }
 
 // OK means: in the store and counted.
