@@ -12,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "libs/base/log.h"
 #include "libs/base/log_testing.h"
+#include "libs/base/log_text.h"
 
 namespace orrery {
 namespace {
@@ -143,6 +144,11 @@ TEST(Log, NamesTheTraceInsideAScope) {
   EXPECT_THAT(lines, HasSubstr("test] before\n"));
   EXPECT_THAT(lines, HasSubstr(absl::StrCat("test] within key=7 trace_id=", kTraceId, "\n")));
   EXPECT_THAT(lines, EndsWith("test] after\n"));
+}
+
+TEST(LogText, StaysOnOneLineAndBetweenItsQuotes) {
+  EXPECT_EQ(LogText("it's a\n\"b\"\x1b\xc2\x85"), "it's a\\n\\\"b\\\"\\033\\302\\205");
+  EXPECT_EQ(LogText(std::string(501, 'x')), std::string(500, 'x'));
 }
 
 }  // namespace

@@ -85,7 +85,7 @@ class CallInterceptor : public grpc::experimental::Interceptor {
 
  private:
   void Begin(Metadata& metadata) {
-    links_ = LinksOf(metadata);
+    metadata_ = &metadata;
     if (const std::optional<TraceContext> sent = Sent(metadata); sent.has_value()) {
       trace_ = *sent;
       return;
@@ -104,7 +104,7 @@ class CallInterceptor : public grpc::experimental::Interceptor {
     if (!left_out.has_value() && !spdlog::should_log(spdlog::level::debug)) return;
     std::string more = status.ok() ? "" : absl::StrCat(" error=\"", LogText(status.error_message()), "\"");
     if (left_out.value_or(0) > 0) absl::StrAppend(&more, " lines_left_out=", *left_out);
-    more += links_;
+    if (metadata_ != nullptr) more += LinksOf(*metadata_);
     const double seconds = absl::ToDoubleSeconds(now - began_);
     const TraceScope scope(trace_);
     if (left_out.has_value()) {
@@ -119,7 +119,7 @@ class CallInterceptor : public grpc::experimental::Interceptor {
   const absl::Time began_;
   TraceContext trace_;
   std::string began_trace_;  // that the metadata point to; empty: the caller sent one
-  std::string links_;
+  const Metadata* metadata_ = nullptr;  // of the call, which outlives this
 };
 
 class CallInterceptorFactory : public grpc::experimental::ServerInterceptorFactoryInterface {
