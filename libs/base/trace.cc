@@ -29,7 +29,7 @@ uint64_t RandomWord() {
   return uint64_t{device()} << 32 | device();
 }
 
-// Different at every call with the same `base`; not 0.
+// Never 0, which stands for no id, and another one at every call with the same `base` (1 may come twice: once for the 0).
 uint64_t NextId(absl::string_view name, uint64_t base) {
   static std::atomic<uint64_t> calls = 0;
   return std::max<uint64_t>(1, DeriveSeed(base, name, calls.fetch_add(1, std::memory_order_relaxed)));

@@ -2,10 +2,12 @@
 
 #include <civetweb.h>
 #include <grpcpp/generic/generic_stub.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <iostream>
 #include <optional>
+#include <random>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -171,6 +173,12 @@ absl::StatusOr<std::string> AskReadiness(const CommonFlags& flags) {
   ASSIGN_OR_RETURN(const HostPort endpoint, ReachableAt(flags.metrics_listen));
   RETURN_IF_ERROR(AskMetricsServer(endpoint));
   return endpoint.text();
+}
+
+std::string MakeProcessId(const std::string& role) {
+  char host[65] = "";
+  gethostname(host, sizeof(host) - 1);
+  return absl::StrCat(role, "-", host, "-", getpid(), "-", absl::Hex(std::random_device{}()));
 }
 
 HostOptions MakeHostOptions(const ServiceDefaults& defaults, const CommonFlags& flags) {

@@ -61,6 +61,9 @@ int RunProgram(int argc, const char* const* argv, CLI::App& app, const std::stri
 // ready, or nothing like it answers. INVALID_ARGUMENT: no such address, or its port is 0.
 absl::StatusOr<std::string> AskReadiness(const CommonFlags& flags);
 
+// "ROLE-HOST-PID-RANDOM": unique across machines, containers (whose process is always number 1) and restarts.
+std::string MakeProcessId(const std::string& role);
+
 // Name, addresses and age of connections from the flags, and a fresh registry; the services are the caller's to add.
 HostOptions MakeHostOptions(const ServiceDefaults& defaults, const CommonFlags& flags);
 

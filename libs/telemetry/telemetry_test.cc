@@ -20,8 +20,10 @@
 
 namespace orrery {
 namespace {
+using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::testing::Not;
+using ::testing::StartsWith;
 
 constexpr char kReplayService[] = "orrery.replay.v1.ReplayService";
 
@@ -207,6 +209,12 @@ int RunWith(const std::vector<std::string>& arguments, const absl::Status& resul
   *printed_error = testing::internal::GetCapturedStderr();
   *printed_error += testing::internal::GetCapturedStdout();
   return code;
+}
+
+TEST(MakeProcessId, NamesRoleAndProcessAndDiffersEveryTime) {
+  const std::string id = MakeProcessId("learner");
+  EXPECT_THAT(id, AllOf(StartsWith("learner-"), HasSubstr(absl::StrCat("-", getpid(), "-"))));
+  EXPECT_NE(MakeProcessId("learner"), id);
 }
 
 TEST(RunProgram, ExitCodesAndMessages) {

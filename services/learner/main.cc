@@ -7,7 +7,6 @@
 #include <map>
 #include <memory>
 #include <optional>
-#include <random>
 #include <string>
 #include <thread>
 #include <utility>
@@ -111,13 +110,6 @@ absl::StatusOr<std::unique_ptr<DataParallel>> JoinGroup(LearnerFlags& flags, tor
   return Join(*options);
 }
 
-// Unique across machines and restarts: the lease belongs to this process.
-std::string MakeLearnerId() {
-  char host[65] = "";
-  gethostname(host, sizeof(host) - 1);
-  return absl::StrCat("learner-", host, "-", getpid(), "-", absl::Hex(std::random_device{}()));
-}
-
 // The learning curve as learner.csv and events in one folder; opened at the first update, when it is known where learning
 // goes on. The learner's thread only.
 class CurveWriter {
@@ -181,7 +173,7 @@ absl::Status Serve(LearnerFlags flags) {
   SnapshotPublisher publisher;
   CurveWriter curve(flags.log_dir);
   std::unique_ptr<ServiceHost> host;
-  options.learner_id = MakeLearnerId();
+  options.learner_id = MakeProcessId(kDefaults.name);
   options.checkpoint_dir = flags.checkpoint_dir;
   options.resume = flags.resume;
   options.replay = std::make_shared<ReplayClient>(replay, run);

@@ -1,15 +1,12 @@
 // orrery-planner: answers observations with actions.
 #include <torch/torch.h>
-#include <unistd.h>
 
 #include <memory>
 #include <optional>
-#include <random>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "absl/strings/str_cat.h"
 #include "libs/base/cpu.h"
 #include "libs/base/file.h"
 #include "libs/base/log.h"
@@ -54,12 +51,6 @@ void AddFlags(CLI::App& app, PlannerFlags& flags) {
       ->capture_default_str();
 }
 
-std::string MakePlannerId() {
-  char host[65] = "";
-  gethostname(host, sizeof(host) - 1);
-  return absl::StrCat("planner-", host, "-", getpid(), "-", absl::Hex(std::random_device{}()));
-}
-
 absl::StatusOr<std::unique_ptr<SnapshotSubscriber>> MakeSubscriber(const ModelSource& source, SnapshotHolder& holder) {
   if (source.learner.empty() && source.replay.empty()) return nullptr;
   if (source.run.empty()) {
@@ -67,7 +58,7 @@ absl::StatusOr<std::unique_ptr<SnapshotSubscriber>> MakeSubscriber(const ModelSo
   }
   SnapshotSubscriber::Options options;
   options.run = source.run;
-  options.planner_id = MakePlannerId();
+  options.planner_id = MakeProcessId(kDefaults.name);
   if (!source.learner.empty()) {
     ASSIGN_OR_RETURN(options.learner, MakeChannel(source.learner));
   }
