@@ -9,6 +9,8 @@ Exit status 0; 1 with the reasons. Needs PyYAML, promtool, redis-server, redis-c
 flags are read by the real program, its experiment by the real replay service, Redis' configuration by a real Redis.
 """
 import argparse
+import binascii
+import collections
 import contextlib
 import functools
 import json
@@ -42,6 +44,7 @@ CLUSTER_ARROWS = {("redis", "redis", 6379), ("redis", "redis", 16379), ("redis-c
 METRICS_PORTS = {"orrery-replay": 9101, "orrery-learner": 9102, "orrery-planner": 9103, "orrery-actor": 9104, "redis": 9121}
 HEALTH_PORTS = {"orrery-replay": 7201, "orrery-learner": 7202, "orrery-planner": 7203}
 GRACE = 10  # seconds that a service waits for running calls after SIGTERM (libs/telemetry/service_main.h); an actor needs less
+REDIS_BYTES_PER_BYTE = 1.25  # of memory, for a byte of chunks: docs/kubernetes.md, sizing
 UNITS = {"": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "mb": 2**20, "gb": 2**30}
 
 
@@ -186,7 +189,8 @@ def check_sizes(manifests):
     replicas = manifests.one("StatefulSet", "redis")["spec"]["replicas"]
     primaries = replicas // 2 if is_cluster(manifests) else replicas
     each = amount(environment_of(redis)["MAXMEMORY"])
-    require(number_in(experiment, "max_bytes", 2**36) <= 0.9 * each * primaries, "replay.max_bytes is above 90 % of maxmemory")
+    bytes_of_one = number_in(experiment, "max_bytes", 2**36) * largest_share(experiment, primaries)
+    require(each >= REDIS_BYTES_PER_BYTE * bytes_of_one, f"Redis: {bytes_of_one} bytes of chunks need more than maxmemory {each}")
     limit = amount(redis["resources"]["limits"]["memory"])
     require(each <= 0.6 * limit, f"Redis: maxmemory {each} is above 60 % of its memory limit {limit}")
     claim = manifests.one("StatefulSet", "redis")["spec"]["volumeClaimTemplates"][0]["spec"]["resources"]["requests"]["storage"]
@@ -195,6 +199,16 @@ def check_sizes(manifests):
     mirror = min(number_in(experiment, "mirror_bytes", 2**33), number_in(experiment, "max_rows", 10**6) * row)
     limit = amount(templates["orrery-learner"]["spec"]["containers"][0]["resources"]["limits"]["memory"])
     require(mirror + 2**30 <= limit, f"learner: a mirror of {mirror} bytes and 1 GiB are above its memory limit {limit}")
+
+
+def largest_share(experiment, primaries):
+    """Of a run's partitions, at one primary: slots are dealt in equal ranges, and {RUN:P} is what a key is hashed by."""
+    if primaries == 1:
+        return 1
+    run = re.search(r'^name: "(.*)"', experiment, re.M)[1]
+    partitions = number_in(experiment, "partitions", 4)
+    slots = [binascii.crc_hqx(f"{run}:{p}".encode(), 0) % 16384 for p in range(partitions)]
+    return max(collections.Counter(slot * primaries // 16384 for slot in slots).values()) / partitions
 
 
 def is_cluster(manifests):

@@ -284,7 +284,8 @@ chmod 644 "$REDIS_PASSWORD_FILE"
 export COMPOSE_PROFILES=observability REPLAY_PORT=0 PLANNER_PORT=0 PROMETHEUS_PORT=0
 if [ "$build" -eq 1 ]; then
   say "building the images from $BASE_IMAGE"
-  DOCKER_BUILDKIT=1 compose --profile tools build --quiet
+  DOCKER_BUILDKIT=1 compose --progress plain --profile tools build >"$work/build.log" 2>&1 ||
+    { tail -n 30 "$work/build.log" >&2; die "the images are not built; behind a proxy that ends TLS: see docker/certs/README"; }
   say "built"
 fi
 check_images

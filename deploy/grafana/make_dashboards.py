@@ -48,8 +48,13 @@ def metric(name, labels=""):
     return f"orrery_{name}{{{OURS}{',' + labels if labels else ''}}}"
 
 
-def rate(name, by="run", labels=""):
-    return f"sum by ({by}) (rate({metric(name, labels)}[$__rate_interval]))"
+def rate(name, by="run", labels="", function="sum"):
+    return f"{function} by ({by}) (rate({metric(name, labels)}[$__rate_interval]))"
+
+
+def rate_of_ranks(name):
+    """Of what all ranks of a learner do together."""
+    return rate(name, function="max")
 
 
 def across(function, name, by="run", labels=""):
@@ -143,7 +148,7 @@ def overview():
             lines("2. Rows stored", "rowsps", "Rows that replay acknowledged: environment steps / action repeat. " + flow,
                   query(rate("replay_steps_appended_total"), "{{run}}"), width=6),
             lines("3. Updates", "cps", "Updates that the learner made. " + flow,
-                  query(rate("learner_updates_total"), "{{run}}"), width=6),
+                  query(rate_of_ranks("learner_updates_total"), "{{run}}"), width=6),
             lines("4. Snapshots published", "cpm", "Snapshots that the learner published, per minute. " + flow,
                   query(f"60 * {rate('learner_snapshot_publish_seconds_count')}", "{{run}}"), width=6),
             lines("Updates per environment step", "none",
@@ -285,13 +290,13 @@ def replay():
 def learner():
     return "orrery-learner", "Orrery: learner", [
         ("Speed", [
-            lines("Updates", "cps", "Updates made.", query(rate("learner_updates_total"), "{{run}}")),
+            lines("Updates", "cps", "Updates made.", query(rate_of_ranks("learner_updates_total"), "{{run}}")),
             durations("Time of an update", "Forward, backward and optimizer, without the wait for the batch.",
                       "learner_update_seconds"),
             lines("Share of time", "percentunit", "What the learner does. The rest it waits for the schedule, or for planners.",
-                  query(rate("learner_update_seconds_sum"), "{{run}} updating"),
-                  query(rate("learner_batch_wait_seconds_sum"), "{{run}} waiting for a batch"),
-                  query(rate("learner_snapshot_publish_seconds_sum"), "{{run}} publishing"), stacked=True, high=1),
+                  query(rate_of_ranks("learner_update_seconds_sum"), "{{run}} updating"),
+                  query(rate_of_ranks("learner_batch_wait_seconds_sum"), "{{run}} waiting for a batch"),
+                  query(rate_of_ranks("learner_snapshot_publish_seconds_sum"), "{{run}} publishing"), stacked=True, high=1),
             durations("Wait for a batch", "To draw and gather one from the mirror.", "learner_batch_wait_seconds"),
             durations("Time of a publication", "To serialise a snapshot, to push it and to keep it in replay.",
                       "learner_snapshot_publish_seconds"),
