@@ -69,6 +69,11 @@ class ChunkWatcherImpl : public ChunkWatcher {
     while (true) {
       const TraceScope trace(NewTrace());
       const absl::Status status = Watch(backoff);
+      if (std::exchange(caught_up_, false)) {
+        Event interrupted;
+        interrupted.interrupted = true;
+        Push(std::move(interrupted));
+      }
       const bool too_old = absl::IsOutOfRange(status);
       if (too_old) cursor_.clear();
       absl::MutexLock lock(&mu_);
@@ -97,7 +102,6 @@ class ChunkWatcherImpl : public ChunkWatcher {
     // Without a cursor the service does not tell what was evicted since: what was delivered before is void.
     if (cursor_.empty() && delivered_) {
       live_.clear();
-      caught_up_ = false;
       Event reset;
       reset.reset = true;
       Push(std::move(reset));

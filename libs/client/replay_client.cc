@@ -7,6 +7,7 @@
 #include "libs/client/channel.h"
 #include "libs/client/chunk_proto.h"
 #include "libs/client/status.h"
+#include "libs/replay/chunk_text.h"
 
 namespace orrery {
 namespace {
@@ -18,6 +19,12 @@ std::unique_ptr<replay::v1::ReplayService::Stub> Stub(const std::shared_ptr<grpc
 ReplayClient::ReplayClient(std::shared_ptr<grpc::Channel> channel, std::string run)
     : channel_(std::move(channel)), run_(std::move(run)) {}
 
+std::string ReplayClient::TakeQuestion(const std::string& actor_id) {
+  absl::MutexLock lock(&mu_);
+  auto unanswered = unanswered_.extract(actor_id);
+  return unanswered.empty() ? RandomIdentity() : std::move(unanswered.mapped());
+}
+
 absl::StatusOr<std::optional<ReplayClient::Episode>> ReplayClient::BeginEpisode(const std::string& actor_id,
                                                                                 uint64_t specification_hash,
                                                                                 absl::Time deadline) {
@@ -25,10 +32,15 @@ absl::StatusOr<std::optional<ReplayClient::Episode>> ReplayClient::BeginEpisode(
   request.set_run(run_);
   request.set_actor_id(actor_id);
   request.set_specification_hash(specification_hash);
+  request.set_request_id(TakeQuestion(actor_id));
   replay::v1::BeginEpisodeResponse response;
   const absl::Status status = RetryUnavailable(deadline, [&](grpc::ClientContext& context) {
     return Stub(channel_)->BeginEpisode(&context, request, &response);
   });
+  if (!status.ok() && !IsFinalError(status.code())) {
+    absl::MutexLock lock(&mu_);
+    unanswered_.emplace(actor_id, request.request_id());
+  }
   if (status.code() == absl::StatusCode::kDeadlineExceeded) return std::nullopt;
   RETURN_IF_ERROR(status);
   Episode episode;

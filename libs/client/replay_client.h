@@ -7,9 +7,12 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "libs/base/array.h"
 #include "libs/base/clock.h"
@@ -29,7 +32,8 @@ class ReplayClient {
     EpisodeAssignment assignment;
     int lease_seconds = 0;
   };
-  // nullopt: none may begin before the deadline.
+  // nullopt: none may begin before the deadline. After no answer, or an error that is not final, the next call for this actor
+  // asks the same question again (BeginEpisodeRequest.request_id): an episode whose answer was lost is played all the same.
   virtual absl::StatusOr<std::optional<Episode>> BeginEpisode(const std::string& actor_id, uint64_t specification_hash,
                                                               absl::Time deadline);
   virtual absl::StatusOr<int64_t> AcquireLearner(const std::string& learner_id, absl::Time deadline);
@@ -51,8 +55,15 @@ class ReplayClient {
   std::shared_ptr<grpc::Channel> channel() const { return channel_; }
 
  private:
+  // Id of a question of this actor that waits for its answer, which nobody else asks meanwhile, or a new one.
+  std::string TakeQuestion(const std::string& actor_id);
+
+  // Constant after construction.
   const std::shared_ptr<grpc::Channel> channel_;
   const std::string run_;
+
+  absl::Mutex mu_;
+  std::unordered_multimap<std::string, std::string> unanswered_ ABSL_GUARDED_BY(mu_);  // ids of questions by actor
 };
 
 // Sends chunks and keeps each until it is acknowledged, across reconnects and restarts of the service. Thread-safe.
@@ -82,7 +93,8 @@ class ChunkWatcher {
     bool reset = false;  // forget everything: the watch began anew (all live chunks follow)
     std::optional<Chunk> appended;
     std::optional<ChunkKey> evicted;
-    bool caught_up = false;
+    bool caught_up = false;    // nothing newer was there
+    bool interrupted = false;  // from now on changes may come late, until it has caught up again
   };
   static std::unique_ptr<ChunkWatcher> Create(std::shared_ptr<grpc::Channel> channel, std::string run,
                                               bool include_evaluation = false);

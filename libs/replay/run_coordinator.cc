@@ -24,14 +24,24 @@ using nlohmann::json;
 constexpr char kValueName[] = "run";
 constexpr int kMaxAttempts = 64;
 constexpr size_t kMaxActorIdBytes = 128;
+constexpr size_t kMaxRequestIdBytes = 64;
 constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
+
+// What an actor asked and was told: all that is needed to tell it again.
+struct Request {
+  std::string id;
+  std::string task;
+  uint64_t seed = 0;
+  bool operator==(const Request&) const = default;
+};
 
 struct RunningEpisode {
   int64_t id = 0;
   EpisodeMode mode = EpisodeMode::kRandom;
-  std::string actor_id;   // for people who look at the state
+  std::string actor_id;
   int64_t rows = 0;       // up to the highest row seen
   int64_t expires = 0;    // microseconds since 1970, by the store's clock
+  std::optional<Request> request;  // until it has rows; none: it was asked for without an id
   bool operator==(const RunningEpisode&) const = default;
 };
 
@@ -46,12 +56,18 @@ struct LearnerLease {
 // Ids come from clients and need not be UTF-8.
 std::string Dump(const json& j) { return j.dump(-1, ' ', false, json::error_handler_t::replace); }
 
+void from_json(const json& j, Request& r) {
+  r.id = j.at("id");
+  r.task = j.at("task");
+  r.seed = j.at("seed");
+}
 void from_json(const json& j, RunningEpisode& e) {
   e.id = j.at("id");
   e.mode = static_cast<EpisodeMode>(j.at("mode").get<int>());
   e.actor_id = j.at("actor_id");
   e.rows = j.at("rows");
   e.expires = j.at("expires");
+  if (j.contains("request")) e.request = j.at("request").get<Request>();
 }
 void to_json(json& j, const LearnerLease& l) {
   j = {{"id", l.id}, {"generation", l.generation}, {"expires", l.expires}, {"seen", l.seen}};
@@ -132,10 +148,20 @@ struct RunCoordinator::State {
     return it == running.end() ? nullptr : &*it;
   }
 
+  // The one that this actor was given for this question and has not begun to play.
+  RunningEpisode* FindAsked(const std::string& actor_id, const std::string& request_id) {
+    if (request_id.empty()) return nullptr;
+    const auto it = std::find_if(running.begin(), running.end(), [&](const RunningEpisode& e) {
+      return e.request.has_value() && e.request->id == request_id && e.actor_id == actor_id;
+    });
+    return it == running.end() ? nullptr : &*it;
+  }
+
   void CountRows(RunningEpisode& episode, int64_t up_to) {
     if (up_to <= episode.rows) return;
     if (episode.mode != EpisodeMode::kEvaluate) rows += up_to - episode.rows;
     episode.rows = up_to;
+    episode.request.reset();
   }
 
   // Drops the notes of episodes that are not running: such a one never runs again.
@@ -191,7 +217,12 @@ struct RunCoordinator::State {
     const char* separator = "";
     for (const RunningEpisode& e : running) {
       absl::StrAppend(&text, separator, "{\"id\":", e.id, ",\"mode\":", static_cast<int>(e.mode),
-                      ",\"actor_id\":", Dump(e.actor_id), ",\"rows\":", e.rows, ",\"expires\":", e.expires, "}");
+                      ",\"actor_id\":", Dump(e.actor_id), ",\"rows\":", e.rows, ",\"expires\":", e.expires);
+      if (e.request.has_value()) {
+        absl::StrAppend(&text, ",\"request\":{\"id\":", Dump(e.request->id), ",\"task\":", Dump(e.request->task),
+                        ",\"seed\":", e.request->seed, "}");
+      }
+      text += '}';
       separator = ",";
     }
     return absl::StrCat(text, "]}");
@@ -412,18 +443,55 @@ int64_t RunCoordinator::UpdatesAllowed(const State& state, absl::Time now) const
   return static_cast<int64_t>(target + limiter.tolerance());
 }
 
+EpisodeAssignment RunCoordinator::HandOut(State& state, EpisodeMode mode) const {
+  EpisodeAssignment episode;
+  episode.run_id = state.run_id;
+  episode.episode_id = state.next_episode++;
+  episode.mode = mode;
+  const int64_t tasks = static_cast<int64_t>(tasks_.size());
+  if (mode == EpisodeMode::kEvaluate) {
+    // Every round plays the same seeds, and none that was trained on.
+    episode.seed = DeriveSeed(experiment_.seed(), "evaluation", state.evaluation_next / tasks);
+    episode.task = tasks_[state.evaluation_next % tasks].task();
+    if (++state.evaluation_next >= experiment_.evaluation().episodes() * tasks) {
+      state.evaluation_next = 0;
+      state.evaluation_round = EvaluationRounds(experiment_, state.finished);
+    }
+  } else {
+    episode.task = tasks_[state.started % tasks].task();
+    episode.seed = DeriveSeed(experiment_.seed(), "environment", state.started++);
+  }
+  return episode;
+}
+
 absl::StatusOr<std::optional<EpisodeAssignment>> RunCoordinator::BeginEpisode(const std::string& actor_id,
-                                                                              uint64_t specification_hash) {
+                                                                              uint64_t specification_hash,
+                                                                              const std::string& request_id,
+                                                                              const std::function<absl::Status()>& check) {
   if (actor_id.empty() || actor_id.size() > kMaxActorIdBytes) {
     return absl::InvalidArgumentError(absl::StrCat("actor_id has ", actor_id.size(), " bytes, expected 1 to ", kMaxActorIdBytes));
+  }
+  if (request_id.size() > kMaxRequestIdBytes) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("request_id has ", request_id.size(), " bytes, expected at most ", kMaxRequestIdBytes));
   }
   const std::string hash = absl::StrFormat("%016x", specification_hash);
   std::optional<EpisodeAssignment> result;
   RETURN_IF_ERROR(Mutate([&](State& state, absl::Time now) -> absl::Status {
     result.reset();
+    if (check) {
+      const absl::Status checked = check();
+      if (!checked.ok()) return checked;
+    }
     if (!state.specification_hash.empty() && state.specification_hash != hash) {
       return absl::FailedPreconditionError(absl::StrCat("environment specification ", hash, " of actor ", actor_id,
                                                         " is not the run's, ", state.specification_hash));
+    }
+    if (RunningEpisode* const asked = state.FindAsked(actor_id, request_id); asked != nullptr) {
+      Renew(asked->expires, now, EpisodeLease(experiment_));
+      NoteSeen(state.actors_seen, now, AbsentAfter(experiment_));
+      result = {state.run_id, asked->id, asked->mode, asked->request->task, asked->request->seed};
+      return absl::OkStatus();
     }
     if (HandedOutAll(state)) {
       result.emplace().run_id = state.run_id;
@@ -434,25 +502,11 @@ absl::StatusOr<std::optional<EpisodeAssignment>> RunCoordinator::BeginEpisode(co
     if (!mode.has_value()) return absl::OkStatus();
     state.specification_hash = hash;
     state.actors_seen = absl::ToUnixMicros(now);
-    EpisodeAssignment& episode = result.emplace();
-    episode.run_id = state.run_id;
-    episode.episode_id = state.next_episode++;
-    episode.mode = *mode;
-    const int64_t tasks = static_cast<int64_t>(tasks_.size());
-    if (*mode == EpisodeMode::kEvaluate) {
-      // Every round plays the same seeds, and none that was trained on.
-      episode.seed = DeriveSeed(experiment_.seed(), "evaluation", state.evaluation_next / tasks);
-      episode.task = tasks_[state.evaluation_next % tasks].task();
-      if (++state.evaluation_next >= experiment_.evaluation().episodes() * tasks) {
-        state.evaluation_next = 0;
-        state.evaluation_round = EvaluationRounds(experiment_, state.finished);
-      }
-    } else {
-      episode.task = tasks_[state.started % tasks].task();
-      episode.seed = DeriveSeed(experiment_.seed(), "environment", state.started++);
-    }
-    const absl::Time expires = now + EpisodeLease(experiment_);
-    state.running.push_back({episode.episode_id, *mode, actor_id, 0, absl::ToUnixMicros(expires)});
+    result = HandOut(state, *mode);
+    std::optional<Request> request;
+    if (!request_id.empty()) request = {request_id, result->task, result->seed};
+    const int64_t expires = absl::ToUnixMicros(now + EpisodeLease(experiment_));
+    state.running.push_back({result->episode_id, *mode, actor_id, 0, expires, std::move(request)});
     return absl::OkStatus();
   }));
   return result;

@@ -72,7 +72,12 @@ class RunCoordinator {
   ~RunCoordinator();
 
   // The next episode, or nullopt when none may begin now. FAILED_PRECONDITION: another specification hash than the run's.
-  absl::StatusOr<std::optional<EpisodeAssignment>> BeginEpisode(const std::string& actor_id, uint64_t specification_hash);
+  // `request_id` (at most 64 bytes) names the question: while an episode that this actor was given for it runs and has no rows,
+  // that one is given again, with a renewed lease, and none begins. Empty: every call is a question of its own. `check` is
+  // called just before an answer is settled, on any thread and perhaps several times: its error is the answer.
+  absl::StatusOr<std::optional<EpisodeAssignment>> BeginEpisode(const std::string& actor_id, uint64_t specification_hash,
+                                                                const std::string& request_id = "",
+                                                                const std::function<absl::Status()>& check = nullptr);
   // Rows of a running episode arrived; renews its lease; `end` other than kContinues finishes it, which is written at once.
   // Calling it twice for the same chunk counts once (rows are counted up to the highest row seen).
   absl::Status RecordChunk(const ChunkInfo& info);
@@ -141,6 +146,8 @@ class RunCoordinator {
   absl::Status Write(State state);
   void UpdateQuiet(absl::Time local, absl::Time now) ABSL_LOCKS_EXCLUDED(mu_);
   std::optional<EpisodeMode> NextMode(const State& state, absl::Time now) const;
+  // The next episode of that mode, counted as handed out.
+  EpisodeAssignment HandOut(State& state, EpisodeMode mode) const;
   int64_t UpdatesAllowed(const State& state, absl::Time now) const;
   bool HandedOutAll(const State& state) const;
   static absl::Status NoteProgress(State& state, int64_t generation, int64_t updates_done);

@@ -5,9 +5,11 @@
 #include <functional>
 #include <limits>
 #include <map>
+#include <nlohmann/json.hpp>
 #include <random>
 #include <set>
 #include <thread>
+#include <tuple>
 
 #include "absl/synchronization/notification.h"
 #include "libs/base/clock.h"
@@ -101,6 +103,15 @@ class RunCoordinatorTest : public ::testing::Test {
     const std::string mode = Begin(c);
     if (mode != "-" && mode != ".") Finish(c, rows);
     return mode;
+  }
+  using Answer = absl::StatusOr<std::optional<EpisodeAssignment>>;
+  // Of the episode; 0: none.
+  static int64_t Number(const Answer& answer) { return std::get<1>(Fields(answer)); }
+  // All that an actor is told.
+  static std::tuple<std::string, int64_t, EpisodeMode, std::string, uint64_t, bool> Fields(const Answer& answer) {
+    EXPECT_OK(answer);
+    const EpisodeAssignment e = answer.ok() && answer->has_value() ? **answer : EpisodeAssignment{};
+    return {e.run_id, e.episode_id, e.mode, e.task, e.seed, e.run_complete};
   }
   int Reserve(RunCoordinator& c, int64_t generation, int64_t done, int wanted) {
     const auto grant = c.ReserveUpdates(generation, done, wanted);
@@ -306,6 +317,139 @@ TEST_F(RunCoordinatorTest, AnEpisodeWithoutNewsIsAbandoned) {
   EXPECT_OK(c.RenewLeases({id}));
   EXPECT_EQ(c.Progress()->rows_appended, 5);
   EXPECT_EQ(c.Progress()->episodes_finished, 1);
+}
+
+TEST_F(RunCoordinatorTest, AQuestionThatIsAskedAgainGetsTheSameEpisode) {
+  config::v1::Experiment e = Alternate(2, 0, 0);
+  for (const char* name : {"a", "b"}) e.mutable_environment()->add_tasks()->set_name(name);
+  e.mutable_evaluation()->set_every_episodes(1);
+  e.mutable_evaluation()->set_episodes(2);
+  e.mutable_learning()->set_max_episodes(4);
+  RunCoordinator c(store_.get(), e, clock_);
+  std::string order;
+  for (int i = 0; i < 12; ++i) {
+    const std::string question = absl::StrCat("\"question\\\n", i);
+    const Answer first = c.BeginEpisode("actor", kSpec, question);
+    EXPECT_EQ(Number(first), i + 1);
+    EXPECT_EQ(Fields(c.BeginEpisode("actor", kSpec, question)), Fields(first));
+    // Another replica knows it from the store.
+    RunCoordinator other(store_.get(), e, clock_);
+    EXPECT_EQ(Fields(other.BeginEpisode("actor", kSpec, question)), Fields(first));
+    order += " RTE"[static_cast<int>(std::get<EpisodeMode>(Fields(first)))] + std::get<3>(Fields(first)) + " ";
+    EXPECT_OK(other.RecordChunk(Rows(i + 1, 0, 5, EpisodeEnd::kTruncated)));
+  }
+  EXPECT_EQ(order, "Ra Rb Ta Ea Eb Ea Eb Tb Ea Eb Ea Eb ");
+  EXPECT_TRUE(std::get<bool>(Fields(c.BeginEpisode("actor", kSpec, "one more"))));
+}
+
+TEST_F(RunCoordinatorTest, AnotherQuestionGetsAnotherEpisode) {
+  config::v1::Experiment e = Alternate(5, 0, 1);
+  e.mutable_learning()->set_max_episodes(5);
+  RunCoordinator c(store_.get(), e, clock_);
+  const auto ask = [&](const std::string& actor, const std::string& question) {
+    return Number(c.BeginEpisode(actor, kSpec, question));
+  };
+  EXPECT_EQ(ask("one", "a"), 1);
+  EXPECT_EQ(ask("one", "b"), 2);
+  EXPECT_EQ(ask("two", "a"), 3);
+  EXPECT_EQ(ask("one", ""), 4);
+  EXPECT_EQ(ask("one", ""), 5);
+  EXPECT_TRUE(std::get<bool>(Fields(c.BeginEpisode("one", kSpec, "c"))));
+  EXPECT_EQ(ask("one", "b"), 2) << "it is still to be played";
+  EXPECT_EQ(c.Progress()->episodes_started, 5);
+  EXPECT_OK(c.BeginEpisode("one", kSpec, std::string(64, 'x')));
+  EXPECT_THAT(c.BeginEpisode("one", kSpec, std::string(65, 'x')),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("request_id has 65 bytes, expected at most 64")));
+}
+
+TEST_F(RunCoordinatorTest, AnEpisodeThatHasRowsIsNotHandedOutAgain) {
+  RunCoordinator c(store_.get(), Alternate(5, 0, 1), clock_), other(store_.get(), Alternate(5, 0, 1), clock_);
+  EXPECT_EQ(Number(c.BeginEpisode("actor", kSpec, "a")), 1);
+  EXPECT_OK(c.RecordChunk(Rows(1, 0, 5)));  // noted, not yet written
+  EXPECT_EQ(Number(c.BeginEpisode("actor", kSpec, "a")), 2);
+  EXPECT_OK(c.RecordChunk(Rows(2, 0, 5, EpisodeEnd::kTruncated)));
+  EXPECT_EQ(Number(other.BeginEpisode("actor", kSpec, "a")), 3);
+}
+
+TEST_F(RunCoordinatorTest, AskingAgainRenewsTheLease) {
+  config::v1::Experiment e = Alternate(2, 0, 1);
+  e.mutable_collection()->set_lease_seconds(60);
+  RunCoordinator c(store_.get(), e, clock_);
+  ASSERT_OK(c.BeginEpisode("actor", kSpec, "a"));
+  const int64_t version = store_->Get("run")->version;
+  for (int i = 0; i < 3; ++i) ASSERT_OK(c.BeginEpisode("actor", kSpec, "a"));
+  EXPECT_EQ(store_->Get("run")->version, version) << "not every question is a write";
+  clock_.Advance(absl::Seconds(50));
+  EXPECT_EQ(Number(c.BeginEpisode("actor", kSpec, "a")), 1);
+  clock_.Advance(absl::Seconds(50));
+  EXPECT_EQ(c.Progress()->episodes_finished, 0);
+  clock_.Advance(absl::Seconds(10));
+  EXPECT_EQ(Number(c.BeginEpisode("actor", kSpec, "a")), 2) << "the first one's lease has ended";
+  EXPECT_EQ(c.Progress()->episodes_finished, 1);
+}
+
+TEST_F(RunCoordinatorTest, AnUnansweredQuestionHoldsItsTurnForWhoAsksItAgain) {
+  config::v1::Experiment e = Alternate(1, 0, 0);
+  RunCoordinator c(store_.get(), e, clock_);
+  Play(c);
+  const Answer first = c.BeginEpisode("one", kSpec, "a");
+  EXPECT_EQ(std::get<EpisodeMode>(Fields(first)), EpisodeMode::kTrain);
+  EXPECT_EQ(Number(c.BeginEpisode("two", kSpec, "b")), 0);
+  EXPECT_EQ(Number(c.BeginEpisode("one", kSpec, "b")), 0);
+  EXPECT_EQ(Fields(c.BeginEpisode("one", kSpec, "a")), Fields(first));
+  EXPECT_OK(c.RecordChunk(Rows(2, 0, 5, EpisodeEnd::kTruncated)));
+  EXPECT_EQ(Number(c.BeginEpisode("two", kSpec, "b")), 3);
+}
+
+// A try that comes late: its question was answered to a later try, and that episode is over.
+TEST_F(RunCoordinatorTest, WhoDoesNotWaitAnyMoreGetsNothing) {
+  WatchedStore store(store_.get());
+  RunCoordinator c(&store, Alternate(5, 0, 1), clock_);
+  std::atomic<bool> waits = true;
+  const auto check = [&] { return waits ? absl::OkStatus() : absl::CancelledError("gone"); };
+  EXPECT_EQ(Number(c.BeginEpisode("actor", kSpec, "a", check)), 1);
+  EXPECT_OK(c.RecordChunk(Rows(1, 0, 5, EpisodeEnd::kTruncated)));
+  Answer late;
+  const auto other = [&] { EXPECT_OK(c.BeginEpisode("other", kSpec)); };
+  const auto ask_late = [&] { late = c.BeginEpisode("actor", kSpec, "a", check); };
+  const auto go = [&] {
+    waits = false;
+    other();
+  };
+  Together(c, store, {other, ask_late, go});
+  EXPECT_THAT(late, StatusIs(absl::StatusCode::kCancelled, HasSubstr("gone")));
+  EXPECT_EQ(c.Progress()->episodes_started, 3);
+}
+
+TEST_F(RunCoordinatorTest, ReadsAStateWithoutQuestions) {
+  config::v1::Experiment e = Alternate(5, 0, 1);
+  e.mutable_environment()->set_task("reach");
+  nlohmann::json state;
+  const auto read = [&] { state = nlohmann::json::parse(store_->Get("run")->value); };
+  const auto request = [](const std::string& id, int64_t i) {
+    return nlohmann::json{{"id", id}, {"task", "reach"}, {"seed", DeriveSeed(7, "environment", i)}};
+  };
+  {
+    RunCoordinator c(store_.get(), e, clock_);
+    ASSERT_OK(c.BeginEpisode("actor", kSpec, "a"));
+    ASSERT_OK(c.BeginEpisode("actor", kSpec, "b"));
+    ASSERT_OK(c.BeginEpisode("actor", kSpec));
+    read();
+    EXPECT_EQ(state["running"][0]["request"], request("a", 0));
+    EXPECT_EQ(state["running"][1]["request"], request("b", 1));
+    EXPECT_FALSE(state["running"][2].contains("request"));
+    EXPECT_OK(c.RecordChunk(Rows(2, 0, 5)));
+    EXPECT_OK(c.WriteRows());
+    read();
+    EXPECT_TRUE(state["running"][0].contains("request"));
+    EXPECT_FALSE(state["running"][1].contains("request")) << "that has rows";
+  }
+  for (nlohmann::json& episode : state["running"]) episode.erase("request");  // as an earlier release writes it
+  EXPECT_OK(store_->CompareAndSet("run", store_->Get("run")->version, state.dump()));
+  RunCoordinator c(store_.get(), e, clock_);
+  EXPECT_EQ(Number(c.BeginEpisode("actor", kSpec, "a")), 4);
+  for (int i = 1; i <= 4; ++i) EXPECT_OK(c.RecordChunk(Rows(i, 0, 5, EpisodeEnd::kTruncated)));
+  EXPECT_EQ(c.Progress()->episodes_finished, 4);
 }
 
 TEST_F(RunCoordinatorTest, OneLearnerAtATime) {

@@ -343,11 +343,17 @@ absl::Status ReplayServerImpl::DoBeginEpisode(const ServerContext& context,
                                               replay::v1::BeginEpisodeResponse& response) {
   RETURN_IF_ERROR(CheckRun(request.run()));
   RETURN_IF_ERROR(CheckId("actor_id", request.actor_id()));
+  const absl::Time deadline = absl::FromChrono(context.deadline());
+  // Nobody plays what is handed out to a caller that has gone, and by a late try the question may have been answered.
+  const auto check_waits = [&]() -> absl::Status {
+    if (absl::Now() >= deadline) return absl::DeadlineExceededError("the store took longer than the caller's deadline");
+    return context.IsCancelled() ? absl::CancelledError("the caller is gone") : absl::OkStatus();
+  };
   std::optional<EpisodeAssignment> assignment;
   while (true) {
     const int64_t seen = progress_.rings();
-    if (context.IsCancelled()) return absl::CancelledError("the caller is gone");
-    ASSIGN_OR_RETURN(assignment, coordinator_.BeginEpisode(request.actor_id(), request.specification_hash()));
+    ASSIGN_OR_RETURN(assignment, coordinator_.BeginEpisode(request.actor_id(), request.specification_hash(),
+                                                           request.request_id(), check_waits));
     if (assignment.has_value()) break;
     RETURN_IF_ERROR(AwaitProgress(context, seen, metrics_.blocked_actor));
   }

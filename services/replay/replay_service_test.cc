@@ -8,6 +8,7 @@
 #include <random>
 #include <set>
 #include <thread>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
@@ -94,6 +95,37 @@ class FlakyStore : public Store {
  private:
   static absl::Status Away() { return absl::UnavailableError("the store is away"); }
   Store* const store_;
+};
+
+// A store where the answer to a write of a value comes late or is lost. The write takes effect.
+class SlowStore : public FlakyStore {
+ public:
+  using FlakyStore::FlakyStore;
+  std::atomic<bool> hold = false;  // until it is false again
+  std::atomic<bool> held = false;  // a write has taken effect whose answer waits
+  std::atomic<int> lost = 0;       // answers yet to be lost: not even reading tells that writer what became of its value
+
+  absl::StatusOr<VersionedValue> Get(const std::string& name) override {
+    if (std::exchange(Ignorant(), false)) return absl::UnavailableError("the store is away");
+    return FlakyStore::Get(name);
+  }
+  absl::Status CompareAndSet(const std::string& name, int64_t version, const std::string& value) override {
+    const absl::Status status = FlakyStore::CompareAndSet(name, version, value);
+    while (status.ok() && hold) {
+      held = true;
+      hold.wait(true);
+    }
+    if (!status.ok() || lost == 0) return status;
+    --lost;
+    Ignorant() = true;
+    return absl::UnavailableError("the answer was lost");
+  }
+
+ private:
+  static bool& Ignorant() {  // whether this thread's next reading fails
+    thread_local bool ignorant = false;
+    return ignorant;
+  }
 };
 
 // A server with its host; ready when made.
@@ -237,14 +269,16 @@ struct Mirror {
   std::map<ChunkKey, Chunk> live;
   int resets = 0;
   int appends = 0;
+  bool caught_up = false;
 
-  absl::Status Take(ChunkWatcher& watcher, bool* caught_up = nullptr) {
+  absl::Status Take(ChunkWatcher& watcher) {
     absl::StatusOr<ChunkWatcher::Event> event = watcher.Next(Soon());
     RETURN_IF_ERROR(event.status());
     if (event->reset) {
       live.clear();
       ++resets;
     }
+    caught_up = (caught_up && !event->interrupted) || event->caught_up;
     if (event->appended.has_value()) {
       ++appends;
       EXPECT_TRUE(live.emplace(event->appended->info.key, *event->appended).second) << "sent twice";
@@ -252,11 +286,10 @@ struct Mirror {
     if (event->evicted.has_value()) {
       EXPECT_EQ(live.erase(*event->evicted), 1u);
     }
-    if (caught_up != nullptr) *caught_up = event->caught_up;
     return absl::OkStatus();
   }
   absl::Status TakeUntilCaughtUp(ChunkWatcher& watcher) {
-    for (bool caught_up = false; !caught_up;) RETURN_IF_ERROR(Take(watcher, &caught_up));
+    while (!caught_up) RETURN_IF_ERROR(Take(watcher));
     return absl::OkStatus();
   }
   absl::Status TakeUntilLive(ChunkWatcher& watcher, size_t count) {
@@ -892,6 +925,81 @@ TEST_F(ReplayServiceTest, AlternatesCollectingAndLearning) {
   EXPECT_EQ(stats.updates_done(), 7);
 }
 
+TEST_F(ReplayServiceTest, AnAnswerThatComesTooLateIsGivenAgain) {
+  SlowStore slow(store_.get());
+  Served served(&slow, MakeExperiment());
+  auto channel = served.host->InProcessChannel();
+  ReplayClient client(channel, kRun), other(channel, kRun);
+  slow.hold = true;
+  // The first try that comes so far writes that it was handed an episode; it and all after it hear nothing.
+  while (!slow.held) {
+    ASSERT_OK_AND_ASSIGN(const auto none, client.BeginEpisode("actor", kHash, absl::Now() + absl::Milliseconds(100)));
+    ASSERT_FALSE(none.has_value());
+  }
+  slow.hold = false;
+  slow.hold.notify_all();
+  const EpisodeAssignment first = Begin(client).assignment;
+  EXPECT_EQ(first.episode_id, 1);
+  EXPECT_EQ(first.task, "point_pixels");
+  EXPECT_EQ(RunCoordinator(store_.get(), MakeExperiment()).Progress()->episodes_started, 1);
+  // That question is answered: the next one, and another client's, are others.
+  EXPECT_EQ(Begin(other).assignment.episode_id, 2);
+  EXPECT_EQ(Begin(client).assignment.episode_id, 3);
+  EXPECT_EQ(RunCoordinator(store_.get(), MakeExperiment()).Progress()->episodes_started, 3);
+}
+
+TEST_F(ReplayServiceTest, WhoHasGoneBeforeItsTurnGetsNoEpisode) {
+  SlowStore slow(store_.get());
+  Served served(&slow, MakeExperiment());
+  auto channel = served.host->InProcessChannel();
+  ReplayClient client(channel, kRun);
+  slow.hold = true;
+  auto ask_briefly = [&](const std::string& actor) {
+    EXPECT_OK(client.BeginEpisode(actor, kHash, absl::Now() + absl::Milliseconds(100)));
+  };
+  while (!slow.held) ask_briefly("first");
+  for (int i = 0; i < 3; ++i) ask_briefly("gone");  // wait behind that write
+  slow.hold = false;
+  slow.hold.notify_all();
+  EXPECT_EQ(Begin(client, "later").assignment.episode_id, 2);
+  EXPECT_EQ(RunCoordinator(store_.get(), MakeExperiment()).Progress()->episodes_started, 2);
+}
+
+TEST_F(ReplayServiceTest, AnAnswerThatWasLostIsGivenAgain) {
+  SlowStore slow(store_.get());
+  Served served(&slow, MakeExperiment());
+  auto channel = served.host->InProcessChannel();
+  ReplayClient client(channel, kRun);
+  slow.lost = 2;  // the client asks again at once, and the second time there is nothing to write
+  EXPECT_EQ(Begin(client).assignment.episode_id, 1);
+  EXPECT_EQ(slow.lost, 1);
+  EXPECT_EQ(RunCoordinator(store_.get(), MakeExperiment()).Progress()->episodes_started, 1);
+  EXPECT_EQ(Begin(client).assignment.episode_id, 2);
+  EXPECT_EQ(slow.lost, 0);
+  EXPECT_EQ(RunCoordinator(store_.get(), MakeExperiment()).Progress()->episodes_started, 2);
+}
+
+TEST_F(ReplayServiceTest, QuestionsAskedAtTheSameTimeAreDifferentOnes) {
+  SlowStore slow(store_.get());
+  Served served(&slow, MakeExperiment());
+  auto channel = served.host->InProcessChannel();
+  ReplayClient client(channel, kRun);
+  slow.lost = 4;
+  absl::Mutex mu;
+  std::multiset<int64_t> episodes;
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 8; ++i) {
+    threads.emplace_back([&] {
+      const int64_t episode = Begin(client).assignment.episode_id;
+      absl::MutexLock lock(&mu);
+      episodes.insert(episode);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_THAT(episodes, ::testing::ElementsAre(1, 2, 3, 4, 5, 6, 7, 8));
+  EXPECT_EQ(RunCoordinator(store_.get(), MakeExperiment()).Progress()->episodes_started, 8);
+}
+
 TEST_F(ReplayServiceTest, TellsThatTheRunIsComplete) {
   Start("learning { schedule: ALTERNATE updates_per_episode: 2 max_episodes: 1 } collection { seed_episodes: 1 } "
         "evaluation { every_episodes: 0 }");
@@ -1028,6 +1136,14 @@ TEST_F(ReplayServiceTest, BadRequestsGetTheRightCode) {
   }
   EXPECT_THAT(client_->BeginEpisode("", kHash, Soon()), StatusIs(kInvalidArgument, HasSubstr("actor_id")));
   EXPECT_THAT(client_->BeginEpisode(std::string(129, 'x'), kHash, Soon()), StatusIs(kInvalidArgument));
+  replay::v1::BeginEpisodeRequest begin;
+  begin.set_run(kRun);
+  begin.set_actor_id("actor");
+  begin.set_request_id(std::string(65, 'x'));
+  replay::v1::BeginEpisodeResponse begun;
+  grpc::ClientContext context;
+  EXPECT_THAT(FromGrpc(ReplayService::NewStub(channel_)->BeginEpisode(&context, begin, &begun)),
+              StatusIs(kInvalidArgument, HasSubstr("request_id has 65 bytes")));
   Begin(*client_);
   EXPECT_THAT(client_->BeginEpisode("actor", kHash + 1, Soon()), StatusIs(kFailedPrecondition));
   EXPECT_THAT(client_->AcquireLearner("", Soon()), StatusIs(kInvalidArgument, HasSubstr("learner_id")));
@@ -1199,7 +1315,9 @@ TEST_F(ReplayServiceTest, AWatcherThatWasAwayGoesOnOrBeginsAnew) {
     auto watcher = ChunkWatcher::Create(channel, kRun);
     Mirror mirror;
     ASSERT_OK(mirror.TakeUntilLive(*watcher, 2));
+    ASSERT_OK(mirror.TakeUntilCaughtUp(*watcher));
     served.reset();  // the watcher is cut off, and much happens meanwhile
+    while (mirror.caught_up) ASSERT_OK(mirror.Take(*watcher));
     for (int i = 0; i < 20; ++i) ASSERT_OK(store->Append(MakeChunk(run, 2, i, 1)));
     ASSERT_OK(store->Evict({{1, 0}, {2, 3}}));
     served.emplace(store.get(), MakeExperiment(), address);
@@ -1208,6 +1326,7 @@ TEST_F(ReplayServiceTest, AWatcherThatWasAwayGoesOnOrBeginsAnew) {
     EXPECT_TRUE(mirror.live.contains({1, 5}));
     EXPECT_EQ(mirror.resets, log_length == 100 ? 0 : 1);
     EXPECT_EQ(mirror.live.at({2, 19}), MakeChunk(run, 2, 19, 1));
+    ASSERT_OK(mirror.TakeUntilCaughtUp(*watcher));
     // And it follows again.
     ASSERT_OK(AppendAll(channel, {MakeChunk(run, 3, 0, 5)}));
     while (!mirror.live.contains({3, 0})) ASSERT_OK(mirror.Take(*watcher));

@@ -12,7 +12,8 @@ from orrery.replay.v1 import replay_pb2
 
 class FakeReplay:
     """Hands out `script`, then says that the run is complete; keeps what is appended. `refuse`: the episode whose chunks are
-    refused. `break_after`: numbers of chunks after which streams break, one entry a stream; None: it lives."""
+    refused. `break_after`: numbers of chunks after which streams break, one entry a stream; None: it lives. `answer_begin`:
+    answers instead of the script, unless None."""
 
     def __init__(self):
         self.lock = threading.Lock()
@@ -22,6 +23,7 @@ class FakeReplay:
         self.begun = []
         self.begun_traceparents = []
         self.begin_errors = collections.deque()
+        self.answer_begin = None
         self.chunks = []
         self.traceparents = []  # of the chunks
         self.alive = []
@@ -30,6 +32,8 @@ class FakeReplay:
         self.hold_acknowledgements = False
 
     def begin_episode(self, request, context):
+        if self.answer_begin is not None:
+            return self.answer_begin(request, context)
         with self.lock:
             self.begun.append(request)
             self.begun_traceparents.append(dict(context.invocation_metadata()).get("traceparent", ""))

@@ -49,6 +49,57 @@ def test_beginning_is_tried_again_and_final_errors_are_not(fakes, replay):
     assert len(fakes.replay.begun) == 2
 
 
+def test_a_question_keeps_its_id_until_it_is_answered(fakes, replay):
+    def ask(code=None):
+        """The id of each try."""
+        before = len(fakes.replay.begun)
+        if code is not None:
+            fakes.replay.begin_errors.append((code, "no"))
+            if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+                assert replay.begin_episode("actor-1", SPEC, timeout=10) is None
+            else:
+                with pytest.raises(ServiceError, match=code.name):
+                    replay.begin_episode("actor-1", SPEC, timeout=10)
+        else:
+            assert replay.begin_episode("actor-1", SPEC, timeout=10).run_complete
+        return [request.request_id for request in fakes.replay.begun[before:]]
+
+    fakes.replay.begin_errors.append((grpc.StatusCode.UNAVAILABLE, "away"))
+    first, again = ask(grpc.StatusCode.DEADLINE_EXCEEDED)
+    assert first == again and 8 <= len(first) <= 64
+    assert ask(grpc.StatusCode.ABORTED) == [first]
+    assert ask(grpc.StatusCode.INTERNAL) == [first]
+    assert replay.begin_episode("actor-2", SPEC, timeout=10).run_complete
+    assert fakes.replay.begun[-1].request_id != first
+    assert ask() == [first]
+    second, = ask()
+    assert second != first
+    third, = ask(grpc.StatusCode.FAILED_PRECONDITION)
+    assert third not in (first, second)
+    fourth, = ask()
+    assert fourth not in (first, second, third)
+
+
+def test_questions_asked_at_the_same_time_have_their_own_ids(fakes, replay):
+    both = threading.Barrier(2)
+
+    def begin(request, context):
+        fakes.replay.begun.append(request)
+        both.wait(60)
+        context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "not now")
+
+    fakes.replay.answer_begin = begin
+    for _ in range(2):
+        threads = [threading.Thread(target=replay.begin_episode, args=("actor-1", SPEC, 60)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    ids = [request.request_id for request in fakes.replay.begun]
+    assert len(ids) == 4 and len(set(ids)) == 2
+    assert set(ids[:2]) == set(ids[2:])
+
+
 def test_writes_every_field(fakes, replay):
     with ReplayWriter(replay) as writer:
         writer.append(chunk())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import secrets
+import threading
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -90,6 +92,8 @@ class ReplayClient:
     def __init__(self, address: str, run: str, *, tls: Tls | None = None, token: str | None = None):
         self.run = run
         self._token = token
+        self._lock = threading.Lock()
+        self._unanswered: dict[str, list[str]] = {}  # ids of questions by actor
         self.channel = make_channel(address, tls)
         self._begin = self.channel.unary_unary(
             _SERVICE + "BeginEpisode", request_serializer=replay_pb2.BeginEpisodeRequest.SerializeToString,
@@ -124,14 +128,24 @@ class ReplayClient:
         return call(requests, metadata=metadata(self._token))
 
     def begin_episode(self, actor_id: str, spec: EnvironmentSpec, timeout: float) -> Episode | None:
-        """None: none may begin within `timeout` seconds."""
-        request = replay_pb2.BeginEpisodeRequest(run=self.run, actor_id=actor_id, specification_hash=spec.hash())
+        """None: none may begin within `timeout` seconds. When no answer came, or an error that is not final, the next call for
+        this actor asks the same question again (BeginEpisodeRequest.request_id): an episode whose answer was lost is played
+        all the same."""
+        request = replay_pb2.BeginEpisodeRequest(
+            run=self.run, actor_id=actor_id, specification_hash=spec.hash(), request_id=self._take_question(actor_id))
+        answered = False
         try:
             response = retry(timeout, lambda left: self._begin(request, timeout=left, metadata=metadata(self._token)))
+            answered = True
         except ServiceError as error:
+            answered = error.final
             if error.code == grpc.StatusCode.DEADLINE_EXCEEDED:
                 return None
             raise
+        finally:
+            if not answered:
+                with self._lock:
+                    self._unanswered.setdefault(actor_id, []).append(request.request_id)
         if response.run_complete:
             return Episode(response.run_id, run_complete=True)
         try:
@@ -139,6 +153,12 @@ class ReplayClient:
         except ValueError as error:
             raise DataError(f"episode mode {response.mode}: expected RANDOM, TRAIN or EVALUATE") from error
         return Episode(response.run_id, False, response.episode_id, mode, response.task, response.seed, response.lease_seconds)
+
+    def _take_question(self, actor_id: str) -> str:
+        """Id of a question of this actor that waits for its answer, which nobody else asks meanwhile, or a new one."""
+        with self._lock:
+            unanswered = self._unanswered.get(actor_id)
+            return unanswered.pop() if unanswered else secrets.token_hex(8)
 
     def stats(self, timeout: float = 10.0) -> replay_pb2.GetStatsResponse:
         """Totals of the data set and of the run."""
