@@ -31,6 +31,7 @@ constexpr size_t kChecksumDigits = 8;
 
 constexpr absl::string_view kPrefix = "checkpoint-";
 constexpr absl::string_view kSuffix = ".safetensors";
+constexpr absl::string_view kTemporary = ".safetensors.tmp.";  // WriteFileAtomically's
 
 // Where the digits of the checksum stand in the file. The quotes around the key keep it apart from any value, in which
 // JSON would have escaped them.
@@ -58,15 +59,16 @@ absl::StatusOr<int64_t> GetNumber(const SafeTensors& contents, const std::string
   return value;
 }
 
-// Names of the checkpoints, oldest first.
-absl::StatusOr<std::vector<std::string>> List(const std::string& folder) {
+// Names of the checkpoints, oldest first, or of what interrupted writes left behind.
+absl::StatusOr<std::vector<std::string>> List(const std::string& folder, bool temporary = false) {
   std::error_code error;
   std::filesystem::directory_iterator entries(folder, error);
   if (error) return absl::UnknownError(absl::StrCat("cannot list ", folder, ": ", error.message()));
   std::vector<std::string> names;
   for (const auto& entry : entries) {
     const std::string name = entry.path().filename().string();
-    if (absl::StartsWith(name, kPrefix) && absl::EndsWith(name, kSuffix)) names.push_back(name);
+    if (!absl::StartsWith(name, kPrefix)) continue;
+    if (temporary ? absl::StrContains(name, kTemporary) : absl::EndsWith(name, kSuffix)) names.push_back(name);
   }
   std::sort(names.begin(), names.end());
   return names;
@@ -116,24 +118,28 @@ absl::StatusOr<Checkpoint> ParseCheckpoint(absl::string_view file) {
 
 absl::StatusOr<CheckpointFolder> CheckpointFolder::Open(const std::string& folder, int keep) {
   RETURN_IF_ERROR(MakeDirectory(folder));
-  std::error_code error;
-  for (const auto& entry : std::filesystem::directory_iterator(folder, error)) {
-    const std::string name = entry.path().filename().string();
-    std::error_code ignored;
-    if (absl::StartsWith(name, kPrefix) && absl::StrContains(name, absl::StrCat(kSuffix, ".tmp."))) {
-      std::filesystem::remove(entry.path(), ignored);
-    }
-  }
-  if (error) return absl::UnknownError(absl::StrCat("cannot list ", folder, ": ", error.message()));
+  RETURN_IF_ERROR(List(folder).status());
   return CheckpointFolder(folder, keep);
+}
+
+void CheckpointFolder::RemoveTemporaryFiles() {
+  if (std::exchange(removed_temporary_files_, true)) return;
+  const absl::StatusOr<std::vector<std::string>> names = List(folder_, /*temporary=*/true);
+  if (!names.ok()) return;
+  for (const std::string& name : *names) {
+    std::error_code ignored;
+    std::filesystem::remove(absl::StrCat(folder_, "/", name), ignored);
+  }
 }
 
 absl::Status CheckpointFolder::Save(const Checkpoint& checkpoint) {
   ASSIGN_OR_RETURN(const std::string file, SerializeCheckpoint(checkpoint));
+  RemoveTemporaryFiles();
   const std::string name = absl::StrFormat("%s%012d%s", kPrefix, checkpoint.updates, kSuffix);
   RETURN_IF_ERROR(WriteFileAtomically(absl::StrCat(folder_, "/", name), file));
   ASSIGN_OR_RETURN(const std::vector<std::string> names, List(folder_));
   for (size_t i = 0; i + keep_ < names.size(); ++i) {
+    if (names[i] == name) continue;  // behind ones that could not be read
     std::error_code error;
     std::filesystem::remove(absl::StrCat(folder_, "/", names[i]), error);
     if (error) LogWarning("cannot remove old checkpoint {}/{}: {}", folder_, names[i], error.message());

@@ -29,9 +29,10 @@ absl::StatusOr<Checkpoint> ParseCheckpoint(absl::string_view file);
 // The checkpoints of one run in a folder: checkpoint-<updates, 12 digits>.safetensors. Not thread-safe; one learner per folder.
 class CheckpointFolder {
  public:
-  // Makes the folder; removes what an interrupted write left behind. `keep` at least 1.
+  // Makes the folder. `keep` at least 1.
   static absl::StatusOr<CheckpointFolder> Open(const std::string& folder, int keep);
-  // Writes atomically, then removes all but the newest `keep`. RESOURCE_EXHAUSTED: the disk is full, and nothing changed.
+  // Writes atomically, then removes all but the newest `keep` and this one. The first one removes before it what interrupted
+  // writes left behind: only who may learn saves. RESOURCE_EXHAUSTED: the disk is full, and nothing changed.
   absl::Status Save(const Checkpoint& checkpoint);
   // The newest one that is whole. A damaged one is logged, set aside (".damaged" behind its name) and the one before it
   // taken. NOT_FOUND: there is none.
@@ -41,9 +42,11 @@ class CheckpointFolder {
 
  private:
   CheckpointFolder(std::string folder, int keep) : folder_(std::move(folder)), keep_(keep) {}
+  void RemoveTemporaryFiles();
 
   std::string folder_;
   int keep_;
+  bool removed_temporary_files_ = false;
 };
 
 }  // namespace orrery

@@ -7,6 +7,7 @@
 #include "libs/base/log.h"
 #include "libs/base/random.h"
 #include "libs/base/status.h"
+#include "libs/client/channel.h"
 #include "libs/telemetry/metrics.h"
 
 namespace orrery {
@@ -95,9 +96,7 @@ absl::Status Learner::Initialize() {
   publication.put_errors = &metrics_.put_errors;
   publication.clock = options_.clock;
   publication_ = std::make_unique<Publication>(std::move(publication));
-  RETURN_IF_ERROR(Resume());
-  published_updates_ = updates_;
-  return absl::OkStatus();
+  return Resume();
 }
 
 absl::Status Learner::Resume() {
@@ -106,8 +105,10 @@ absl::Status Learner::Resume() {
   if (!checkpoint.has_value()) return absl::OkStatus();
   RETURN_IF_ERROR(Annotate(trainer_->Restore(checkpoint->tensors, /*with_random=*/true), options_.checkpoint_dir));
   RETURN_IF_ERROR(source_->SetState(checkpoint->sampler));
-  updates_ = checkpoint->updates;
-  LogInfo("resumed from a checkpoint updates={} folder={}", updates_, options_.checkpoint_dir);
+  if (updates_ != checkpoint->updates) {
+    LogInfo("resumed from a checkpoint updates={} folder={}", checkpoint->updates, options_.checkpoint_dir);
+  }
+  published_updates_ = updates_ = checkpoint->updates;
   absl::MutexLock lock(&mu_);
   progress_.updates = updates_;
   return absl::OkStatus();
@@ -116,7 +117,9 @@ absl::Status Learner::Resume() {
 absl::Status Learner::Run() {
   if (!leads()) return Follow();
   RETURN_IF_ERROR(Acquire());
-  const absl::Status status = stopped() ? absl::OkStatus() : Lead();
+  // Another learner may have gone on, and written checkpoints, while this one waited to become the learner.
+  absl::Status status = stopped() ? absl::OkStatus() : Resume();
+  if (status.ok() && !stopped()) status = Lead();
   // Those that are left to end the run orderly.
   const absl::Status told = status.ok() ? Tell(Order::kStop, stopped() ? 1 : 0) : absl::OkStatus();
   // Who comes after a group that failed need not wait until the lease has run out.
@@ -164,7 +167,7 @@ absl::Status Learner::Acquire() {
       return absl::OkStatus();
     }
     const absl::Status& status = generation.status();
-    if (!absl::IsAlreadyExists(status) && !absl::IsUnavailable(status) && !absl::IsDeadlineExceeded(status)) {
+    if (!absl::IsAlreadyExists(status) && IsFinalError(status.code())) {
       return Annotate(status, "cannot become the learner of this run");
     }
     if (options_.clock->Now() - last_log >= kOutageLogEvery) {

@@ -7,6 +7,7 @@
 #include <csignal>
 #include <cstdlib>
 #include <filesystem>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -38,8 +39,10 @@ class FakeReplay : public ReplayClient {
   FakeReplay(int64_t owed, int32_t block) : ReplayClient(nullptr, "test"), owed_(owed), block_(block) {}
 
   absl::StatusOr<int64_t> AcquireLearner(const std::string&, absl::Time) override {
-    if (std::exchange(held_by_another, false)) return absl::AlreadyExistsError("held by learner-1");
-    return generation;
+    const absl::Status refused = std::exchange(refusal, absl::OkStatus());
+    if (refused.ok()) return generation;
+    if (while_refused) while_refused();
+    return refused;
   }
   absl::StatusOr<RunCoordinator::Grant> ReserveUpdates(int64_t learner_generation, int64_t done, int32_t wanted,
                                                        absl::Time) override {
@@ -81,7 +84,8 @@ class FakeReplay : public ReplayClient {
   }
 
   int64_t generation = 1;
-  bool held_by_another = false;
+  absl::Status refusal;  // of the first who wants to become the learner
+  std::function<void()> while_refused;
   int64_t rows = kRows;
   absl::Notification stats_asked;
   int outages = 0;  // at most 1
@@ -612,7 +616,7 @@ TEST_F(LearnerTest, StopsWhenFencedOff) {
 TEST_F(LearnerTest, WaitsForTheLeaseAndThroughAnOutage) {
   FakeClock clock;
   auto replay = std::make_shared<FakeReplay>(3, 3);
-  replay->held_by_another = true;
+  replay->refusal = absl::AlreadyExistsError("held by learner-1");
   replay->outages = 1;
   Learner::Options options = Options(replay);
   options.clock = &clock;
@@ -627,6 +631,35 @@ TEST_F(LearnerTest, WaitsForTheLeaseAndThroughAnOutage) {
   thread.join();
   EXPECT_OK(status);
   EXPECT_THAT(replay->events, ElementsAre("put 1.0", "report 0", "put 1.3", "report 3", "release 3"));
+}
+
+TEST_F(LearnerTest, GoesOnFromWhereTheLearnerIsThatItWaitedFor) {
+  auto straight = std::make_shared<FakeReplay>(12, 4);
+  ASSERT_OK(Learner::Create(Options(straight)).value()->Run());
+  const auto with_checkpoints = [&](std::shared_ptr<FakeReplay> replay) {
+    Learner::Options options = Options(std::move(replay));
+    options.checkpoint_dir = dir_.path();
+    options.resume = true;
+    return Learner::Create(std::move(options)).value();
+  };
+  const std::unique_ptr<Learner> other = with_checkpoints(std::make_shared<FakeReplay>(8, 4));
+  auto replay = std::make_shared<FakeReplay>(12, 4);
+  replay->generation = 2;
+  replay->refusal = absl::AlreadyExistsError("held by the other");
+  replay->while_refused = [&] { EXPECT_OK(other->Run()); };
+  const std::unique_ptr<Learner> waiting = with_checkpoints(replay);
+  ASSERT_OK(waiting->Run());
+  EXPECT_THAT(replay->events, ElementsAre("put 2.8", "report 8", "put 2.12", "report 12", "release 12"));
+  ExpectSame(Parameters(*straight), Parameters(*replay));
+}
+
+TEST_F(LearnerTest, OnlyAFinalRefusalEndsTheWaitForTheLease) {
+  auto replay = std::make_shared<FakeReplay>(3, 3);
+  replay->refusal = absl::ResourceExhaustedError("Redis is full");
+  EXPECT_OK(Learner::Create(Options(replay)).value()->Run());
+  replay = std::make_shared<FakeReplay>(3, 3);
+  replay->refusal = absl::InvalidArgumentError("no such run");
+  EXPECT_THAT(Learner::Create(Options(replay)).value()->Run(), StatusIs(absl::StatusCode::kInvalidArgument));
 }
 
 TEST_F(LearnerTest, DoesNotBeginAnewOverCheckpointsOrWithThoseOfAnotherRun) {
@@ -657,8 +690,8 @@ TEST_F(LearnerTest, ACheckpointThatCannotBeWrittenDoesNotStopLearning) {
   experiment_.mutable_learning()->set_checkpoint_every_updates(1);
   Learner::Options options = Options(std::make_shared<FakeReplay>(3, 3));
   options.checkpoint_dir = dir_ / "gone";
+  options.on_update = [this](const Learner::UpdateReport&) { std::filesystem::remove(dir_ / "gone"); };
   ASSERT_OK_AND_ASSIGN(const std::unique_ptr<Learner> learner, Learner::Create(std::move(options)));
-  std::filesystem::remove(dir_ / "gone");
   ASSERT_OK(learner->Run());
   EXPECT_EQ(learner->progress().updates, 3);
   // After each update, after the block and at the end.

@@ -155,13 +155,14 @@ absl::Status Mirror::Apply(ChunkWatcher::Event event) {
     index_ = std::make_unique<EpisodeIndex>(options_.sequence_length);
     rows_seen_ = 0;
     rows_evicted_ = 0;
+    awaited_rows_ = -1;
     caught_up_ = false;
   }
   if (rows.has_value()) RETURN_IF_ERROR(Insert(event.appended->info, *std::move(rows)));
   // A refused chunk arrived as well: whoever waits for its rows must not wait for ever.
   if (!refused.ok()) rows_seen_ += event.appended->info.rows;
   if (event.evicted.has_value() && chunks_.erase(*event.evicted) > 0) index_->Evict(*event.evicted);
-  caught_up_ = caught_up_ || event.caught_up;
+  caught_up_ = (caught_up_ && !event.interrupted) || event.caught_up;
   last_change_ = options_.clock->Now();
   changed_.SignalAll();
   return refused;
@@ -186,7 +187,9 @@ absl::Status Mirror::WaitForRows(int64_t rows, absl::Duration patience, absl::Ti
   while (rows_seen_ + rows_evicted_ < rows) {
     RETURN_IF_ERROR(failure_);
     const absl::Time now = options_.clock->Now();
-    const absl::Time patient_until = caught_up_ ? last_change_ + patience : absl::InfiniteFuture();
+    if (std::exchange(awaited_rows_, rows) != rows) awaited_since_ = now;
+    const absl::Time patient_until =
+        caught_up_ ? std::max(last_change_, awaited_since_) + patience : absl::InfiniteFuture();
     if (now >= patient_until) {
       rows_evicted_ = rows - rows_seen_;
       LogInfo("mirror has all live rows seen={} evicted_before={}", rows_seen_, rows_evicted_);

@@ -64,7 +64,8 @@ class Mirror {
   absl::Status Apply(ChunkWatcher::Event event);
 
   // Waits until `rows` training rows have been seen. Rows that were evicted before the watch began cannot be seen: when
-  // nothing has arrived for `patience` after the watch caught up, the missing ones count as evicted (one log line).
+  // nothing has arrived for `patience` since they are waited for and the watch has caught up, the missing ones count as
+  // evicted (one log line).
   // DEADLINE_EXCEEDED: not yet.
   absl::Status WaitForRows(int64_t rows, absl::Duration patience, absl::Time deadline);
   // Draws `count` sequences and gives every row of them to `copy_row(field index, sequence, step, bytes)`. Waits for a
@@ -100,6 +101,8 @@ class Mirror {
   int64_t rows_evicted_ ABSL_GUARDED_BY(mu_) = 0;  // taken as evicted before it began
   bool caught_up_ ABSL_GUARDED_BY(mu_) = false;
   absl::Time last_change_ ABSL_GUARDED_BY(mu_);
+  int64_t awaited_rows_ ABSL_GUARDED_BY(mu_) = -1;  // of WaitForRows, since awaited_since_
+  absl::Time awaited_since_ ABSL_GUARDED_BY(mu_);
   absl::Status failure_ ABSL_GUARDED_BY(mu_);  // OK while the mirror works
 
   std::unique_ptr<ChunkWatcher> watcher_;

@@ -264,6 +264,27 @@ TEST_F(MirrorTest, RowsEvictedBeforeTheWatchAreNotWaitedForLongerThanPatience) {
   EXPECT_OK(mirror_->WaitForRows(40, absl::Hours(1), clock_.Now()));
 }
 
+TEST_F(MirrorTest, PatienceBeginsWhenRowsAreAwaitedAndNotWhileTheWatchIsCut) {
+  ASSERT_OK(Add(5, 0, 10));
+  ASSERT_OK(mirror_->Apply(CaughtUp()));
+  clock_.Advance(absl::Seconds(10));  // a block of updates, or an episode that takes long
+  const auto wait = [&] { return mirror_->WaitForRows(20, absl::Seconds(5), clock_.Now()); };
+  EXPECT_THAT(wait(), StatusIs(absl::StatusCode::kDeadlineExceeded));
+  clock_.Advance(absl::Seconds(4));
+  EXPECT_THAT(wait(), StatusIs(absl::StatusCode::kDeadlineExceeded));
+  ChunkWatcher::Event interrupted;
+  interrupted.interrupted = true;
+  ASSERT_OK(mirror_->Apply(std::move(interrupted)));
+  clock_.Advance(absl::Seconds(100));
+  EXPECT_THAT(wait(), StatusIs(absl::StatusCode::kDeadlineExceeded));
+  ASSERT_OK(mirror_->Apply(CaughtUp()));
+  EXPECT_THAT(wait(), StatusIs(absl::StatusCode::kDeadlineExceeded));
+  ASSERT_OK(Add(6, 0, 10));
+  EXPECT_OK(wait());
+  EXPECT_THAT(mirror_->WaitForRows(21, absl::Hours(1), clock_.Now()), StatusIs(absl::StatusCode::kDeadlineExceeded))
+      << "none was taken for evicted";
+}
+
 TEST_F(MirrorTest, RefusesADataSetThatWouldNotFit) {
   Mirror::Options options = Options();
   options.max_bytes = 999 * mirror_->row_bytes();
