@@ -9,10 +9,19 @@
 namespace orrery {
 namespace {
 
-// Nobody here cancels a call: CANCELLED comes from a server that went away with the call in its hands.
+// Nobody here cancels a call: CANCELLED comes from a server that went away with the call in its hands. INTERNAL: a device that
+// was out of memory, or a connection that broke in the middle, which a proxy may call UNKNOWN.
 bool WorthRetrying(absl::StatusCode code) {
-  return code == absl::StatusCode::kUnavailable || code == absl::StatusCode::kResourceExhausted ||
-         code == absl::StatusCode::kCancelled;
+  switch (code) {
+    case absl::StatusCode::kUnavailable:
+    case absl::StatusCode::kResourceExhausted:
+    case absl::StatusCode::kCancelled:
+    case absl::StatusCode::kInternal:
+    case absl::StatusCode::kUnknown:
+      return true;
+    default:
+      return false;
+  }
 }
 
 template <typename Response>
@@ -42,7 +51,7 @@ absl::StatusOr<planner::v1::ActResponse> PlannerClient::Act(const planner::v1::A
                      return stub_->Act(&context, request, &out);
                    }));
   if (response.results_size() != request.slots_size()) {
-    return absl::InternalError(absl::StrCat("the planner answered ", response.results_size(), " slots, expected ",
+    return absl::DataLossError(absl::StrCat("the planner answered ", response.results_size(), " slots, expected ",
                                             request.slots_size()));
   }
   return response;

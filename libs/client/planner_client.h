@@ -13,15 +13,16 @@
 namespace orrery {
 
 // Thread-safe. Planners keep no session, so a call that fails with UNAVAILABLE (a planner that died, or has no snapshot yet),
-// CANCELLED (one that ended meanwhile) or RESOURCE_EXHAUSTED (its queue is full) is tried again, after growing random waits,
-// until the deadline; then its last error is returned. Other errors are returned at once. A try gets half of the time that is
-// left, but at least kShortestTry, so that a planner that hangs leaves time for another one: a channel of MakeChannel asks the
-// next replica each time.
+// CANCELLED (one that ended meanwhile), RESOURCE_EXHAUSTED (its queue is full), INTERNAL (its device had no memory, or the
+// connection broke) or UNKNOWN (a proxy's) is tried again, after growing random waits, until the deadline; then its last error
+// is returned. Other errors are returned at once. A try gets half of the time that is left, but at least kShortestTry, so that
+// a planner that hangs leaves time for another one: a channel of MakeChannel asks the next replica each time.
 class PlannerClient {
  public:
   explicit PlannerClient(std::shared_ptr<grpc::Channel> channel);
   virtual ~PlannerClient() = default;
 
+  // DATA_LOSS, too: the answer has another number of slots than the request.
   virtual absl::StatusOr<planner::v1::ActResponse> Act(const planner::v1::ActRequest& request, absl::Time deadline);
   // Empty name: the only model served.
   virtual absl::StatusOr<planner::v1::GetModelResponse> GetModel(const std::string& model, absl::Time deadline);

@@ -61,12 +61,21 @@ class PlannerClientTest : public ::testing::Test {
 
 const grpc::Status kAway(grpc::StatusCode::UNAVAILABLE, "no snapshot yet");
 const grpc::Status kFull(grpc::StatusCode::RESOURCE_EXHAUSTED, "the queue is full");
+const grpc::Status kNoMemory(grpc::StatusCode::INTERNAL, "inference: out of memory");
+const grpc::Status kProxy(grpc::StatusCode::UNKNOWN, "Stream removed");
 
 TEST_F(PlannerClientTest, TriesAgainWhileThePlannerIsAwayOrFull) {
   planner_.script = {kAway, kFull, grpc::Status::CANCELLED, kAway};
   ASSERT_OK_AND_ASSIGN(const auto response, client_.Act(request_, Soon()));
   EXPECT_EQ(response.results_size(), 2);
   EXPECT_EQ(planner_.calls, 5u);
+}
+
+TEST_F(PlannerClientTest, TriesAgainAfterWhatOneCallMayHaveSufferedAlone) {
+  planner_.script = {kNoMemory, kProxy};
+  ASSERT_OK_AND_ASSIGN(const auto response, client_.Act(request_, Soon()));
+  EXPECT_EQ(response.results_size(), 2);
+  EXPECT_EQ(planner_.calls, 3u);
 }
 
 TEST_F(PlannerClientTest, ReturnsOtherErrorsAtOnce) {
@@ -77,10 +86,13 @@ TEST_F(PlannerClientTest, ReturnsOtherErrorsAtOnce) {
 }
 
 TEST_F(PlannerClientTest, ReturnsTheLastErrorAtTheDeadline) {
-  planner_.script = std::vector<grpc::Status>(1000, kFull);
-  EXPECT_THAT(client_.Act(request_, absl::Now() + absl::Milliseconds(150)),
-              StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("the queue is full")));
-  EXPECT_GT(planner_.calls, 1u);
+  for (const grpc::Status& error : {kFull, kNoMemory}) {
+    planner_.script = std::vector<grpc::Status>(1000, error);
+    planner_.calls = 0;
+    EXPECT_THAT(client_.Act(request_, absl::Now() + absl::Milliseconds(150)),
+                StatusIs(static_cast<absl::StatusCode>(error.error_code()), HasSubstr(error.error_message())));
+    EXPECT_GT(planner_.calls, 1u);
+  }
 }
 
 // It takes the call and does not answer it.
@@ -94,7 +106,8 @@ TEST_F(PlannerClientTest, APlannerThatHangsLeavesTimeForAnother) {
 TEST_F(PlannerClientTest, RefusesAnAnswerOfAnotherNumberOfSlots) {
   planner_.missing_results = 1;
   EXPECT_THAT(client_.Act(request_, Soon()),
-              StatusIs(absl::StatusCode::kInternal, HasSubstr("answered 1 slots, expected 2")));
+              StatusIs(absl::StatusCode::kDataLoss, HasSubstr("answered 1 slots, expected 2")));
+  EXPECT_EQ(planner_.calls, 1u);
 }
 
 TEST_F(PlannerClientTest, GetModelTriesAgainToo) {

@@ -13,6 +13,13 @@ constexpr absl::Duration kClientMemory = absl::Seconds(1);
 
 }  // namespace
 
+absl::Status BatchRequest::CheckWanted(absl::Time now) const {
+  if (cancelled()) return absl::CancelledError("the caller has gone");
+  if (deadline > now) return absl::OkStatus();
+  return absl::DeadlineExceededError(
+      absl::StrCat("dropped before it was computed, after ", absl::FormatDuration(now - arrived_)));
+}
+
 Batcher::Batcher(Options options, std::function<void(Batch)> run)
     : options_(std::move(options)),
       run_(std::move(run)),
@@ -42,9 +49,7 @@ void Batcher::Enqueue(std::unique_ptr<BatchRequest> request) {
       dropped.push_back({std::move(request), std::move(full)});
     } else {
       request->arrived_ = now;
-      Client& client = clients_[request->client_id];
-      client.seen = now;
-      ++client.waiting;
+      NoteClientLocked(request->client_id, now, 1);
       slots_waiting_ += request->slots;
       depth_.Set(static_cast<double>(slots_waiting_));
       (request->urgent ? urgent_ : usual_).push_back(std::move(request));
@@ -103,6 +108,7 @@ void Batcher::Close() {
       queue->clear();
     }
     clients_.clear();
+    idle_clients_.clear();
     slots_waiting_ = 0;
     depth_.Set(0);
     changed_.SignalAll();
@@ -110,8 +116,28 @@ void Batcher::Close() {
   FailAll(dropped);
 }
 
+size_t Batcher::known_clients() const {
+  absl::MutexLock lock(&mu_);
+  return clients_.size();
+}
+
+void Batcher::NoteClientLocked(const std::string& id, absl::Time seen, int64_t more) {
+  Client& client = clients_[id];
+  if (client.waiting == 0) idle_clients_.erase({client.seen, id});
+  client.seen = seen;
+  client.waiting += more;
+  if (client.waiting == 0) idle_clients_.insert({client.seen, id});
+}
+
+void Batcher::ForgetClientsLocked(absl::Time now) {
+  while (!idle_clients_.empty() && now - idle_clients_.begin()->first > kClientMemory) {
+    clients_.erase(idle_clients_.begin()->second);
+    idle_clients_.erase(idle_clients_.begin());
+  }
+}
+
 void Batcher::ForgetLocked(const BatchRequest& request) {
-  --clients_[request.client_id].waiting;
+  NoteClientLocked(request.client_id, clients_[request.client_id].seen, -1);
   slots_waiting_ -= request.slots;
   depth_.Set(static_cast<double>(slots_waiting_));
 }
@@ -120,13 +146,8 @@ void Batcher::DropDeadLocked(absl::Time now, std::vector<Dropped>& dropped) {
   for (auto* queue : {&urgent_, &usual_}) {
     std::deque<std::unique_ptr<BatchRequest>> kept;
     for (auto& request : *queue) {
-      absl::Status status;
-      if (request->cancelled()) {
-        status = absl::CancelledError("the caller has gone");
-      } else if (request->deadline <= now) {
-        status = absl::DeadlineExceededError(
-            absl::StrCat("dropped before it was computed, after ", absl::FormatDuration(now - request->arrived_)));
-      } else {
+      absl::Status status = request->CheckWanted(now);
+      if (status.ok()) {
         kept.push_back(std::move(request));
         continue;
       }
@@ -159,23 +180,10 @@ void Batcher::DisplaceLocked(int64_t slots, std::vector<Dropped>& dropped) {
   }
 }
 
-bool Batcher::EveryClientWaitsLocked(absl::Time now) {
-  bool all = true;
-  for (auto it = clients_.begin(); it != clients_.end();) {
-    const Client& client = it->second;
-    if (client.waiting == 0 && now - client.seen > kClientMemory) {
-      it = clients_.erase(it);
-      continue;
-    }
-    all = all && client.waiting > 0;
-    ++it;
-  }
-  return all;
-}
-
 absl::Time Batcher::DueLocked(absl::Time now) {
+  ForgetClientsLocked(now);
   if (urgent_.empty() && usual_.empty()) return absl::InfiniteFuture();
-  if (slots_waiting_ >= options_.max_batch || EveryClientWaitsLocked(now)) return now;
+  if (slots_waiting_ >= options_.max_batch || idle_clients_.empty()) return now;
   absl::Time oldest = absl::InfiniteFuture();
   for (const auto* queue : {&urgent_, &usual_}) {
     if (!queue->empty()) oldest = std::min(oldest, queue->front()->arrived_);
@@ -219,7 +227,7 @@ void Batcher::Run(Batch batch) {
   if (closed_) return;
   idle_since_ = options_.clock->Now();
   // However long the batch took, its clients have just been answered: they are about to come back.
-  for (const std::string& client : clients) clients_[client].seen = idle_since_;
+  for (const std::string& client : clients) NoteClientLocked(client, idle_since_, 0);
 }
 
 }  // namespace orrery

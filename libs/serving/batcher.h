@@ -8,7 +8,9 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
@@ -30,6 +32,9 @@ class BatchRequest {
   // The request will not be computed. RESOURCE_EXHAUSTED: the queue is full, on arrival or later of more urgent ones.
   // DEADLINE_EXCEEDED, CANCELLED: dropped before compute. UNAVAILABLE: the batcher was closed.
   virtual void Fail(const absl::Status& status) = 0;
+  // OK while somebody waits for the answer at `now`, else what to fail with before it is computed: CANCELLED or
+  // DEADLINE_EXCEEDED.
+  absl::Status CheckWanted(absl::Time now) const;
 
   // Set before Enqueue.
   std::string client_id;
@@ -75,6 +80,8 @@ class Batcher {
   bool TryStep() ABSL_LOCKS_EXCLUDED(mu_);
   // Fails everything that waits and all that come later. Does not wait for a running batch.
   void Close() ABSL_LOCKS_EXCLUDED(mu_);
+  // Clients that wait or are waited for.
+  size_t known_clients() const ABSL_LOCKS_EXCLUDED(mu_);
 
  private:
   struct Client {
@@ -91,8 +98,11 @@ class Batcher {
   // Drops the last requests that are not urgent until `slots` fit; none when that would not help.
   void DisplaceLocked(int64_t slots, std::vector<Dropped>& dropped) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Status FullLocked(int64_t slots) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  bool EveryClientWaitsLocked(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  // When the batch is due if nothing else happens.
+  // Notes that `seen` is when the client was last seen, and that `more` of its requests wait (negative: fewer).
+  void NoteClientLocked(const std::string& id, absl::Time seen, int64_t more) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Those not seen for kClientMemory that wait for nothing: their ids are what clients like, and may be new ones each time.
+  void ForgetClientsLocked(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // When the batch is due if nothing else happens. Forgets clients first.
   absl::Time DueLocked(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Time NextDeadlineLocked() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   Batch TakeLocked(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -107,11 +117,12 @@ class Batcher {
   prometheus::Histogram& queue_seconds_;
   prometheus::Histogram& batch_size_;
 
-  absl::Mutex mu_;
+  mutable absl::Mutex mu_;
   absl::CondVar changed_;
   std::deque<std::unique_ptr<BatchRequest>> urgent_ ABSL_GUARDED_BY(mu_);
   std::deque<std::unique_ptr<BatchRequest>> usual_ ABSL_GUARDED_BY(mu_);
   std::map<std::string, Client> clients_ ABSL_GUARDED_BY(mu_);
+  std::set<std::pair<absl::Time, std::string>> idle_clients_ ABSL_GUARDED_BY(mu_);  // those that wait for nothing, by `seen`
   int64_t slots_waiting_ ABSL_GUARDED_BY(mu_) = 0;
   absl::Time idle_since_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();  // when the engine last became free
   bool closed_ ABSL_GUARDED_BY(mu_) = false;

@@ -143,6 +143,30 @@ TEST_F(BatcherTest, ForgetsAClientThatWasAwayForASecond) {
   EXPECT_TRUE(batcher_->TryStep());
 }
 
+// Whatever they call themselves.
+TEST_F(BatcherTest, ForgetsClientsAlsoWhileEveryBatchIsFull) {
+  Make(/*max_batch=*/2);
+  for (int i = 0; i < 100; ++i) {
+    Send(absl::StrCat("client", i), /*slots=*/2);
+    ASSERT_TRUE(batcher_->TryStep());
+    EXPECT_LE(batcher_->known_clients(), 2u) << "the one answered now and the one before";
+    clock_.Advance(absl::Milliseconds(600));
+  }
+  clock_.Advance(absl::Seconds(1));
+  EXPECT_FALSE(batcher_->TryStep());
+  EXPECT_EQ(batcher_->known_clients(), 0u);
+}
+
+TEST_F(BatcherTest, ForgetsClientsWhoseRequestsAllDie) {
+  Make(/*max_batch=*/2);
+  for (int i = 0; i < 100; ++i) {
+    Send(absl::StrCat("client", i), 1, false, /*deadline=*/clock_.Now());
+    EXPECT_FALSE(batcher_->TryStep());
+    EXPECT_LE(batcher_->known_clients(), 2u);
+    clock_.Advance(absl::Milliseconds(600));
+  }
+}
+
 TEST_F(BatcherTest, GrowsWhileTheEngineIsBusy) {
   Make(8);
   MeetAbsentClient();

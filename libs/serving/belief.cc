@@ -78,6 +78,10 @@ class Reader {
 };
 
 absl::Status CheckNumbers(const Belief& belief) {
+  if (belief.version.generation < 0 || belief.version.counter < 0) {
+    return absl::InvalidArgumentError(absl::StrCat("belief: snapshot version (", belief.version.generation, ", ",
+                                                   belief.version.counter, "), expected numbers of at least 0"));
+  }
   for (size_t i = 0; i < belief.deter.size(); ++i) {
     if (!(std::abs(belief.deter[i]) <= kDeterBound)) {  // also refuses NaN
       return absl::InvalidArgumentError(

@@ -176,6 +176,32 @@ TEST(BeliefTest, OfTheSameStructureHashButOtherSizesIsRefused) {
               StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("3 + 5 numbers, expected 3 + 2")));
 }
 
+TEST(BeliefTest, VersionsThatNoSnapshotHasAreRefusedBothWays) {
+  constexpr int64_t kSmallest = std::numeric_limits<int64_t>::min(), kLargest = std::numeric_limits<int64_t>::max();
+  ASSERT_OK_AND_ASSIGN(const std::string token, SerializeBelief(SomeBelief()));
+  const auto with = [&token](const SnapshotVersion& version) {
+    std::string changed = token;
+    const size_t at = 4 + 1 + 1 + SomeBelief().model.size() + 8;  // behind magic, format, name and structure hash
+    std::memcpy(changed.data() + at, &version.generation, 8);
+    std::memcpy(changed.data() + at + 8, &version.counter, 8);
+    return Resign(changed);
+  };
+  EXPECT_EQ(with({2, 700}), token);
+  ASSERT_OK_AND_ASSIGN(const Belief largest, ParseBelief(with({kLargest, kLargest}), kShape));
+  EXPECT_EQ(largest.version, (SnapshotVersion{kLargest, kLargest}));
+  EXPECT_OK(ParseBelief(with({0, 0}), kShape));
+  const auto refuse = [&](const SnapshotVersion& version, const std::string& message) {
+    EXPECT_THAT(ParseBelief(with(version), kShape), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(message)));
+    Belief bad = SomeBelief();
+    bad.version = version;
+    EXPECT_THAT(SerializeBelief(bad), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(message)));
+  };
+  refuse({2, -1}, "snapshot version (2, -1), expected numbers of at least 0");
+  refuse({-3, 700}, "snapshot version (-3, 700)");
+  refuse({0, kSmallest}, "snapshot version (0, -9223372036854775808)");
+  refuse({kSmallest, 0}, "snapshot version (-9223372036854775808, 0)");
+}
+
 TEST(BeliefTest, NumbersThatNoModelMakesAreRefusedBothWays) {
   const auto refuse = [](float deter, float stoch, const char* message) {
     Belief bad = SomeBelief();

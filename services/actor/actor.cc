@@ -9,6 +9,7 @@
 #include "libs/base/log.h"
 #include "libs/base/random.h"
 #include "libs/base/status.h"
+#include "libs/client/channel.h"
 #include "libs/client/status.h"
 #include "libs/client/trace.h"
 #include "libs/replay/chunk_codec.h"
@@ -26,10 +27,8 @@ constexpr absl::Duration kBriefWait = absl::Milliseconds(200);
 constexpr absl::Duration kBeginInterval = absl::Seconds(1);
 constexpr absl::Duration kFinishTimeout = absl::Seconds(5);
 
-bool IsTransient(const absl::Status& status) {
-  return absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status) || absl::IsResourceExhausted(status) ||
-         absl::IsAborted(status) || absl::IsCancelled(status);
-}
+// Whether the same call may succeed later. INTERNAL and UNKNOWN may: a device without memory, a proxy that lost its server.
+bool IsTransient(const absl::Status& status) { return !status.ok() && !IsFinalError(status.code()); }
 
 // DType has the numbers of common.v1.DataType.
 void ToProto(const std::string& name, const Array& array, common::v1::NamedTensor* out) {
@@ -406,13 +405,13 @@ absl::StatusOr<bool> Actor::Act(const std::vector<Player*>& planned, planner::v1
   planner_away_ = false;
   planner_backoff_.Reset();
   if (response.results_size() != static_cast<int>(planned.size())) {
-    return absl::InternalError(absl::StrFormat("the planner answered %d slots, expected %d", response.results_size(),
+    return absl::DataLossError(absl::StrFormat("the planner answered %d slots, expected %d", response.results_size(),
                                                static_cast<int>(planned.size())));
   }
   for (const planner::v1::SlotResult& result : response.results()) {
     if (result.action_size() != spec_.action.size) {
-      return absl::InternalError(absl::StrFormat("the planner answered with an action of %d numbers, expected %d",
-                                                 result.action_size(), spec_.action.size));
+      return absl::FailedPreconditionError(absl::StrFormat("the planner answered with an action of %d numbers, expected %d",
+                                                           result.action_size(), spec_.action.size));
     }
   }
   return true;

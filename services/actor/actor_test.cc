@@ -163,7 +163,7 @@ class FakeReplay : public replay::v1::ReplayService::Service {
   std::vector<std::pair<int64_t, std::string>> appended_ ABSL_GUARDED_BY(mu_);
 };
 
-// Answers with action (0.25, -0.5) and the belief "belief-N" for the N-th request; or with queued errors first.
+// Answers with action (0.25, -0.5, 0, …) and the belief "belief-N" for the N-th request; or with queued errors first.
 class FakePlanner : public planner::v1::PlannerService::Service {
  public:
   grpc::Status Act(grpc::ServerContext* context, const planner::v1::ActRequest* request,
@@ -178,10 +178,11 @@ class FakePlanner : public planner::v1::PlannerService::Service {
       errors_.pop_front();
       if (!error.ok()) return error;
     }
-    for (int i = 0; i < request->slots_size(); ++i) {
+    for (int i = 0; i < request->slots_size() - missing_results_; ++i) {
       planner::v1::SlotResult* result = response->add_results();
       result->add_action(0.25f);
       result->add_action(-0.5f);
+      result->mutable_action()->Resize(action_size_, 0.0f);
       result->set_belief(absl::StrCat("belief-", requests_.size()));
     }
     // What was asked for, else a new snapshot for every request.
@@ -189,6 +190,11 @@ class FakePlanner : public planner::v1::PlannerService::Service {
     response->mutable_snapshot_version()->set_counter(static_cast<int64_t>(requests_.size()));
     if (request->has_snapshot_version()) *response->mutable_snapshot_version() = request->snapshot_version();
     return grpc::Status::OK;
+  }
+  void Answer(int action_size, int missing_results) {
+    absl::MutexLock lock(&mu_);
+    action_size_ = action_size;
+    missing_results_ = missing_results;
   }
   // OK entries let a request pass.
   void Fail(std::deque<grpc::Status> errors) {
@@ -217,6 +223,8 @@ class FakePlanner : public planner::v1::PlannerService::Service {
   absl::Mutex mu_;
   absl::CondVar changed_;
   bool hold_ ABSL_GUARDED_BY(mu_) = false;
+  int action_size_ ABSL_GUARDED_BY(mu_) = 2;
+  int missing_results_ ABSL_GUARDED_BY(mu_) = 0;
   std::deque<grpc::Status> errors_ ABSL_GUARDED_BY(mu_);
   std::vector<planner::v1::ActRequest> requests_ ABSL_GUARDED_BY(mu_);
   std::vector<std::pair<std::string, std::string>> traces_ ABSL_GUARDED_BY(mu_);
@@ -589,6 +597,35 @@ TEST_F(ActorTest, KeepsTheEpisodeWhileThePlannerIsAway) {
   EXPECT_EQ(requests[1].slots(0).SerializeAsString(), requests[2].slots(0).SerializeAsString());
   EXPECT_EQ(requests[1].slots(0).SerializeAsString(), requests[3].slots(0).SerializeAsString());
   EXPECT_EQ(Rows(1).at(kReward).size(), 10);
+}
+
+// Such as of a planner whose device has no memory while a new snapshot is tried beside the one served.
+TEST_F(ActorTest, KeepsTheEpisodeWhenACallFailsInsideThePlanner) {
+  CapturedLog log("warning");
+  const grpc::Status unknown(grpc::StatusCode::UNKNOWN, "Stream removed");
+  planner_.Fail({grpc::Status::OK, {grpc::StatusCode::INTERNAL, "inference: out of memory"}, unknown});
+  replay_.Assign({{1, replay::v1::TRAIN, 1}});
+  ASSERT_OK(MakeActor()->Run());
+  const std::vector<planner::v1::ActRequest> requests = planner_.requests();
+  ASSERT_EQ(requests.size(), 11u);
+  for (size_t again : {2u, 3u}) {
+    EXPECT_EQ(requests[again].slots(0).SerializeAsString(), requests[1].slots(0).SerializeAsString()) << again;
+  }
+  EXPECT_EQ(Rows(1).at(kReward).size(), 10);
+  EXPECT_THAT(log.Take(), testing::AllOf(testing::HasSubstr("the planner does not answer, trying again: INTERNAL: inference"),
+                                         testing::Not(testing::HasSubstr("Stream removed"))))
+      << "said once until the planner answers again";
+}
+
+// The model is not of this environment, or its planner of another make: no later answer is better.
+TEST_F(ActorTest, EndsWhenAnAnswerCannotBeExecuted) {
+  replay_.Assign({{1, replay::v1::TRAIN, 1}, {2, replay::v1::TRAIN, 2}});
+  planner_.Answer(/*action_size=*/3, /*missing_results=*/0);
+  EXPECT_THAT(MakeActor()->Run(), StatusIs(absl::StatusCode::kFailedPrecondition,
+                                           testing::HasSubstr("an action of 3 numbers, expected 2")));
+  planner_.Answer(/*action_size=*/2, /*missing_results=*/1);
+  EXPECT_THAT(MakeActor()->Run(), StatusIs(absl::StatusCode::kDataLoss, testing::HasSubstr("answered 0 slots, expected 1")));
+  EXPECT_EQ(planner_.requests().size(), 2u) << "each was asked once";
 }
 
 TEST_F(ActorTest, BeginsANewBeliefWhenTheModelChanged) {

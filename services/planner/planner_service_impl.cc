@@ -410,8 +410,25 @@ class PlannerServerImpl final : public PlannerServer, public planner::v1::Planne
     }
   }
 
+  // Those that somebody still waits for: a batch may take long, and calls behind others in it may have died meanwhile.
+  std::vector<ActCall*> Wanted(absl::Span<ActCall* const> calls) const {
+    const absl::Time now = clock_->Now();
+    std::vector<ActCall*> wanted;
+    for (ActCall* call : calls) {
+      const absl::Status status = call->CheckWanted(now);
+      if (status.ok()) {
+        wanted.push_back(call);
+      } else {
+        call->Fail(status);
+      }
+    }
+    return wanted;
+  }
+
   // All of one snapshot.
-  static void RunCalls(const ServedModel& served, absl::Span<ActCall* const> calls) {
+  void RunCalls(const ServedModel& served, absl::Span<ActCall* const> taken) const {
+    const std::vector<ActCall*> calls = Wanted(taken);
+    if (calls.empty()) return;
     std::vector<const SlotInput*> slots;
     for (const ActCall* call : calls) {
       for (const SlotInput& input : call->inputs) slots.push_back(&input);

@@ -29,6 +29,28 @@ using ::testing::Gt;
 using ::testing::HasSubstr;
 using ::testing::SizeIs;
 
+// Time that passes only by computing: an hour for each time that an engine of `registry` has computed.
+class ComputingClock : public Clock {
+ public:
+  explicit ComputingClock(prometheus::Registry* registry) : registry_(registry) {}
+  absl::Time Now() override {
+    absl::Time now = began_;
+    for (const auto& family : registry_->Collect()) {
+      if (family.name != "orrery_planner_compute_seconds") continue;
+      for (const auto& metric : family.metric) now += absl::Hours(static_cast<int64_t>(metric.histogram.sample_count));
+    }
+    return now;
+  }
+  bool WaitUntil(absl::CondVar& cv, absl::Mutex& mu, absl::Time deadline) override {
+    cv.WaitWithTimeout(&mu, absl::Milliseconds(1));  // so that a change of this time is noticed; it decides nothing
+    return Now() >= deadline;
+  }
+
+ private:
+  prometheus::Registry* const registry_;
+  const absl::Time began_ = absl::Now();
+};
+
 // A planner behind a real gRPC server, reached in-process.
 class PlannerServiceTest : public ::testing::Test {
  protected:
@@ -149,6 +171,7 @@ class PlannerServiceTest : public ::testing::Test {
 
   std::shared_ptr<prometheus::Registry> registry_ = std::make_shared<prometheus::Registry>();
   FakeClock clock_{absl::Now()};
+  ComputingClock computing_clock_{registry_.get()};
   PlannerServer::Options options_;
   std::unique_ptr<PlannerServer> planner_;
   std::unique_ptr<grpc::Server> server_;
@@ -608,6 +631,25 @@ TEST_F(PlannerServiceTest, ComputesNothingForACallerThatHasGone) {
   }
   EXPECT_EQ(computed(), before);
   planner_->Close();
+}
+
+// Both are alive when their batch begins; while the first is computed, the time of the second ends.
+TEST_F(PlannerServiceTest, ComputesNothingThatHasDiedBehindOthersOfItsBatch) {
+  options_.clock = &computing_clock_;
+  options_.service.set_max_batch(2);
+  Start();
+  ASSERT_OK(Act(Request("absent", 1)));  // from now on the planner waits for this client, too
+  const auto count = [this](const std::string& name) { return Metric(name).histogram.sample_count; };
+  const uint64_t batches = count("orrery_planner_batch_size"), computed = count("orrery_planner_compute_seconds");
+  std::thread first([this] { EXPECT_OK(Act(Request("first", 1), absl::Hours(100))); });
+  while (Metric("orrery_planner_queue_depth").gauge.value == 0) std::this_thread::yield();
+  const absl::Duration half_way = computing_clock_.Now() + absl::Minutes(30) - absl::Now();
+  EXPECT_THAT(Act(Request("second", 1), half_way),
+              StatusIs(absl::StatusCode::kDeadlineExceeded, HasSubstr("dropped before it was computed, after 1h")));
+  first.join();
+  EXPECT_EQ(count("orrery_planner_batch_size"), batches + 1);
+  EXPECT_EQ(count("orrery_planner_compute_seconds"), computed + 1);
+  EXPECT_EQ(Metric("orrery_planner_requests_total", "DEADLINE_EXCEEDED").counter.value, 1);
 }
 
 TEST_F(PlannerServiceTest, RefusesWhatDoesNotFitIntoTheQueueUnlessItIsAnEvaluation) {

@@ -136,41 +136,51 @@ absl::Status SnapshotSubscriber::Subscribe() {
   return damaged.ok() ? ended : damaged;
 }
 
-absl::Status SnapshotSubscriber::AskReplay() {
-  {
-    Call call(this, kAskTimeout);
-    replay::v1::GetStatsRequest request;
-    request.set_run(options_.run);
-    replay::v1::GetStatsResponse stats;
-    RETURN_IF_ERROR(FromGrpc(replay_->GetStats(call.context(), request, &stats)));
-    if (!stats.has_snapshot_version()) return absl::OkStatus();
-    ASSIGN_OR_RETURN(const SnapshotVersion newest, FromProto(stats.snapshot_version()));
-    if (newest <= Newest()) return absl::OkStatus();
-  }
+absl::StatusOr<SnapshotVersion> SnapshotSubscriber::AskVersion() {
+  Call call(this, kAskTimeout);
+  replay::v1::GetStatsRequest request;
+  request.set_run(options_.run);
+  replay::v1::GetStatsResponse stats;
+  RETURN_IF_ERROR(FromGrpc(replay_->GetStats(call.context(), request, &stats)));
+  if (!stats.has_snapshot_version()) return SnapshotVersion{};
+  return FromProto(stats.snapshot_version());
+}
+
+absl::StatusOr<Store::Snapshot> SnapshotSubscriber::Fetch() {
   Call call(this, kFetchTimeout);
   replay::v1::GetSnapshotRequest request;
   request.set_run(options_.run);
   auto stream = replay_->GetSnapshot(call.context(), request);
   SnapshotAssembler assembler;
   replay::v1::GetSnapshotResponse response;
-  bool complete = false;
-  while (!complete && stream->Read(&response)) {
-    absl::StatusOr<bool> added = assembler.Add(response.part());
-    if (!added.ok()) {
-      call.context()->TryCancel();
-      stream->Finish();
-      return Annotate(added.status(), "snapshot from replay");
-    }
-    complete = *added;
-  }
-  if (complete) {
+  while (stream->Read(&response)) {
+    const absl::StatusOr<bool> complete = assembler.Add(response.part());
+    if (complete.ok() && !*complete) continue;
     call.context()->TryCancel();  // nothing more is expected
     stream->Finish();
-    const Store::Snapshot snapshot = assembler.Take();
-    options_.holder->Load(snapshot.file, snapshot.version).IgnoreError();
-    return absl::OkStatus();
+    if (!complete.ok()) return Annotate(complete.status(), "snapshot from replay");
+    return assembler.Take();
   }
-  return FromGrpc(stream->Finish());
+  RETURN_IF_ERROR(FromGrpc(stream->Finish()));
+  return absl::UnavailableError("the snapshot from replay ended before its last part");
+}
+
+absl::Status SnapshotSubscriber::AskReplay() {
+  ASSIGN_OR_RETURN(const SnapshotVersion newest, AskVersion());
+  if (newest <= Newest()) return absl::OkStatus();
+  if (newest == refused_ && options_.clock->Now() < refused_until_) return absl::OkStatus();
+  const absl::StatusOr<Store::Snapshot> fetched = Fetch();
+  bool refused = absl::IsDataLoss(fetched.status()) || absl::IsInvalidArgument(fetched.status());  // its parts are damaged
+  if (fetched.ok()) {
+    // A refused one is logged and counted by the holder.
+    const absl::Status loaded = options_.holder->Load(fetched->file, fetched->version);
+    refused = !loaded.ok() && !absl::IsAlreadyExists(loaded);
+  }
+  if (refused) {
+    refused_ = newest;
+    refused_until_ = options_.clock->Now() + kRefusedPause;
+  }
+  return fetched.status();
 }
 
 }  // namespace orrery

@@ -20,7 +20,8 @@ namespace orrery {
 
 // One thread that holds a subscription at the learner, loads what comes and answers with the newest that is loaded: the one
 // served, unless a rollback holds another, so that nothing waits for a planner that is held. While no learner answers, it asks
-// replay for the newest snapshot and goes on trying, with growing waits. Thread-safe.
+// replay for the newest snapshot and goes on trying, with growing waits; one of replay's that was refused is fetched again only
+// after kRefusedPause. Thread-safe.
 class SnapshotSubscriber {
  public:
   struct Options {
@@ -37,6 +38,9 @@ class SnapshotSubscriber {
   // Ends it.
   ~SnapshotSubscriber();
 
+  // What was wrong may have passed by then, such as a device without memory; a damaged snapshot costs little at this pace.
+  static constexpr absl::Duration kRefusedPause = absl::Minutes(5);
+
  private:
   // A call that the destructor can cancel.
   class Call;
@@ -44,8 +48,12 @@ class SnapshotSubscriber {
   void Loop() ABSL_LOCKS_EXCLUDED(mu_);
   // Returns when the stream has ended, with the reason.
   absl::Status Subscribe();
-  // Loads replay's snapshot if it is newer than the one served.
+  // Loads replay's snapshot if it is newer than the one served and was not refused a short time ago.
   absl::Status AskReplay();
+  // Version of replay's newest snapshot; {0, 0}: it has none.
+  absl::StatusOr<SnapshotVersion> AskVersion();
+  // Fetches replay's newest snapshot.
+  absl::StatusOr<Store::Snapshot> Fetch();
   // Version of the newest snapshot that is loaded; {0, 0}: none.
   SnapshotVersion Newest() const;
   // Waits; false: closed.
@@ -62,6 +70,8 @@ class SnapshotSubscriber {
   // Of the thread.
   Backoff backoff_;
   std::string trouble_;
+  SnapshotVersion refused_;                          // of replay's; {0, 0}: none
+  absl::Time refused_until_ = absl::InfinitePast();  // before then it is not fetched again
 
   mutable absl::Mutex mu_;
   absl::CondVar woken_;

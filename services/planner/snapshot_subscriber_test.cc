@@ -88,9 +88,10 @@ class FakeReplay : public replay::v1::ReplayService::Service {
                            grpc::ServerWriter<replay::v1::GetSnapshotResponse>* writer) override {
     absl::MutexLock lock(&mu_);
     ++fetched_;
-    (void)SplitSnapshot(*snapshot_, [&](const common::v1::SnapshotPart& part) {
+    (void)SplitSnapshot(*snapshot_, [&](const common::v1::SnapshotPart& part) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
       replay::v1::GetSnapshotResponse response;
       *response.mutable_part() = part;
+      if (damaged_) response.mutable_part()->set_checksum(part.checksum() + 1);
       return writer->Write(response);
     });
     return grpc::Status::OK;
@@ -104,9 +105,20 @@ class FakeReplay : public replay::v1::ReplayService::Service {
     auto enough = [this, target = questions_ + more]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) { return questions_ >= target; };
     EXPECT_TRUE(mu_.AwaitWithTimeout(absl::Condition(&enough), absl::Seconds(30)));
   }
+  // Of all its time.
+  void AwaitQuestions(int questions) {
+    absl::MutexLock lock(&mu_);
+    auto enough = [this, questions]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) { return questions_ >= questions; };
+    EXPECT_TRUE(mu_.AwaitWithTimeout(absl::Condition(&enough), absl::Seconds(30)));
+  }
   int fetched() const {
     absl::MutexLock lock(&mu_);
     return fetched_;
+  }
+  // From now on parts say a checksum that is not theirs.
+  void Damage() {
+    absl::MutexLock lock(&mu_);
+    damaged_ = true;
   }
 
  private:
@@ -114,6 +126,7 @@ class FakeReplay : public replay::v1::ReplayService::Service {
   std::optional<Store::Snapshot> snapshot_ ABSL_GUARDED_BY(mu_);
   int questions_ ABSL_GUARDED_BY(mu_) = 0;
   int fetched_ ABSL_GUARDED_BY(mu_) = 0;
+  bool damaged_ ABSL_GUARDED_BY(mu_) = false;
 };
 
 Store::Snapshot SnapshotOf(int64_t counter, int64_t generation = 1) {
@@ -154,7 +167,25 @@ class SnapshotSubscriberTest : public ::testing::Test {
     return swapped_;
   }
 
+  // On `clock_`: looks at replay, `apart` from each other; the last one is over at the end, too.
+  void AwaitLooks(int looks, absl::Duration apart) {
+    for (int i = 0; i < looks; ++i) {
+      clock_.AwaitWaiters(1);
+      clock_.Advance(apart);
+      replay_.AwaitQuestions(++looks_ + 1);  // the first came by itself
+    }
+    clock_.AwaitWaiters(1);
+  }
+  double Refused() {
+    for (const auto& family : registry_->Collect()) {
+      if (family.name == "orrery_planner_snapshots_refused_total") return family.metric.at(0).counter.value;
+    }
+    return -1;
+  }
+
   std::shared_ptr<prometheus::Registry> registry_ = std::make_shared<prometheus::Registry>();
+  FakeClock clock_{absl::FromUnixSeconds(1000)};
+  int looks_ = 0;
   FakeLearner learner_;
   FakeReplay replay_;
   std::unique_ptr<grpc::Server> learner_server_;
@@ -217,6 +248,32 @@ TEST_F(SnapshotSubscriberTest, WithoutALearnerTakesTheNewestFromReplayOnce) {
   EXPECT_EQ(replay_.fetched(), 1);
   replay_.Keep(SnapshotOf(6));
   EXPECT_THAT(AwaitSwaps(2), ElementsAre(5, 6));
+}
+
+TEST_F(SnapshotSubscriberTest, FetchesARefusedSnapshotAgainOnlyAfterAPause) {
+  options_.clock = &clock_;
+  replay_.Keep({{1, 5}, "neither safe nor a tensor"});
+  Start(false, true);
+  AwaitLooks(10, options_.poll_interval);
+  EXPECT_EQ(replay_.fetched(), 1);
+  EXPECT_EQ(Refused(), 1);
+  AwaitLooks(1, SnapshotSubscriber::kRefusedPause);
+  AwaitLooks(10, options_.poll_interval);
+  EXPECT_EQ(replay_.fetched(), 2) << "what was wrong might have passed";
+  EXPECT_EQ(Refused(), 2);
+  replay_.Keep(SnapshotOf(6));
+  AwaitLooks(1, options_.poll_interval);
+  EXPECT_THAT(AwaitSwaps(1), ElementsAre(6));
+  EXPECT_EQ(replay_.fetched(), 3);
+}
+
+TEST_F(SnapshotSubscriberTest, FetchesASnapshotWithDamagedPartsAgainOnlyAfterAPause) {
+  options_.clock = &clock_;
+  replay_.Damage();
+  replay_.Keep(SnapshotOf(5));
+  Start(false, true);
+  AwaitLooks(10, options_.poll_interval);
+  EXPECT_EQ(replay_.fetched(), 1);
 }
 
 TEST_F(SnapshotSubscriberTest, StartsFromReplayWhileTheLearnerIsAway) {

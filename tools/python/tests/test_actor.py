@@ -193,9 +193,9 @@ def test_lanes_that_step_together_wait_for_each_other(fakes):
         assert rows(fakes, episode)["observation"][:, 1].tolist() == [0, 1, 2, 3, 4]
 
 
-def test_keeps_the_episode_while_the_planner_is_away(fakes):
-    away = (grpc.StatusCode.UNAVAILABLE, "no snapshot yet")
-    fakes.planner.errors.extend([(grpc.StatusCode.OK, ""), away, away])
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN])
+def test_keeps_the_episode_while_the_planner_is_away(fakes, code):
+    fakes.planner.errors.extend([(grpc.StatusCode.OK, ""), (code, "not now"), (code, "not now")])
     fakes.replay.script.append((1, TRAIN, 1))
     Play(fakes).run()
     requests = fakes.planner.requests

@@ -7,6 +7,7 @@ import pytest
 
 from orrery import ConfigError, DataError, PlannerClient, Policy, ServiceError, Slot, Tls
 from orrery.channel import Backoff, make_channel, retry
+from orrery.planner.v1 import planner_pb2
 
 IMAGE = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
 JOINTS = np.array([1, 2], np.float32)
@@ -75,6 +76,25 @@ def test_tries_again_while_the_planner_is_away(fakes, planner):
     with pytest.raises(ServiceError, match="no snapshot"):
         planner.plan([Slot({"joints": JOINTS})], evaluation=True, tries=False)
     assert len(fakes.planner.requests) == 4
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED])
+def test_tries_again_after_what_one_call_may_have_suffered_alone(fakes, planner, code):
+    fakes.planner.errors.append((code, "out of memory"))
+    assert planner.act({"joints": JOINTS}).tolist() == [0.25, -0.5]
+    assert len(fakes.planner.requests) == 2
+    fakes.planner.errors.extend([(code, "out of memory")] * 1000)
+    with pytest.raises(ServiceError, match="out of memory") as raised:
+        planner.plan([Slot({"joints": JOINTS})], evaluation=True, timeout=0.5)
+    assert raised.value.code == code and raised.value.transient and not raised.value.final
+    assert len(fakes.planner.requests) > 3, "tried until the deadline"
+
+
+def test_an_answer_of_another_number_of_slots_is_final(planner, monkeypatch):
+    monkeypatch.setattr(planner, "_call", lambda *_: planner_pb2.ActResponse())
+    with pytest.raises(ServiceError, match="answered 0 slots, expected 1") as raised:
+        planner.plan([Slot({"joints": JOINTS})], evaluation=True)
+    assert raised.value.final and not raised.value.transient
 
 
 def test_gives_up_at_the_deadline(fakes, planner):

@@ -431,8 +431,8 @@ class Actor:
         self._planner_backoff.reset()
         for answer in answers:
             if answer.action.shape != (self._spec.action.size,):
-                raise ServiceError(grpc.StatusCode.INTERNAL, f"the planner answered with an action of {answer.action.size} "
-                                   f"numbers, expected {self._spec.action.size}")
+                raise ServiceError(grpc.StatusCode.FAILED_PRECONDITION, f"the planner answered with an action of "
+                                   f"{answer.action.size} numbers, expected {self._spec.action.size}")
         return answers
 
     def _act(self, planned: Sequence[_Player]) -> list[Answer]:

@@ -32,7 +32,7 @@ class ServiceError(OrreryError):
     @property
     def transient(self) -> bool:
         """Whether the same request may succeed later."""
-        return self.code in _TRANSIENT
+        return not self.final
 
     @property
     def final(self) -> bool:
@@ -40,13 +40,6 @@ class ServiceError(OrreryError):
         return self.code in _FINAL
 
 
-_TRANSIENT = frozenset({
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
-    grpc.StatusCode.ABORTED,
-    grpc.StatusCode.CANCELLED,
-})
 _FINAL = frozenset({
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.NOT_FOUND,

@@ -22,8 +22,15 @@ from orrery.planner.v1 import planner_pb2
 from orrery.tensors import Observation, to_named_tensor
 
 _SERVICE = "/orrery.planner.v1.PlannerService/"
-# CANCELLED: by a planner that ended with the call in its hands; nobody here cancels.
-_RETRIED = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED})
+# CANCELLED: by a planner that ended with the call in its hands; nobody here cancels. INTERNAL: of a device that was out of
+# memory, or of a connection that broke in the middle, which a proxy may call UNKNOWN.
+_RETRIED = frozenset({
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+})
 # Seconds.
 _SHORTEST_TRY = 5.0
 # A planner answers these where a belief or the action before belongs to a model of another structure.
@@ -82,10 +89,11 @@ def default_client_id(kind: str) -> str:
 
 class PlannerClient:
     """Thread-safe; calls about the same agent must not overlap. Beliefs are kept here, one per agent, from one `act` to the
-    next; `reset` begins an episode. UNAVAILABLE (a planner that died, or has no snapshot yet) and RESOURCE_EXHAUSTED are
-    tried again with growing random waits until `timeout` seconds have passed. A try gets half of the time that is left, but at
-    least 5 s, so that a planner that hangs leaves time for another one. A belief that a planner refuses, because a model of
-    another structure has taken over, is begun anew. Other errors are ServiceError.
+    next; `reset` begins an episode. UNAVAILABLE (a planner that died, or has no snapshot yet), CANCELLED (one that ended
+    meanwhile), RESOURCE_EXHAUSTED (its queue is full), INTERNAL (its device had no memory, or the connection broke) and UNKNOWN
+    (a proxy's) are tried again with growing random waits until `timeout` seconds have passed. A try gets half of the time that
+    is left, but at least 5 s, so that a planner that hangs leaves time for another one. A belief that a planner refuses,
+    because a model of another structure has taken over, is begun anew. Other errors are ServiceError.
 
         with PlannerClient("127.0.0.1:7103") as planner:
             action = planner.act({"image": image})
@@ -220,7 +228,7 @@ class PlannerClient:
         response = retry(self._timeout if timeout is None else timeout, lambda left: self._call(request, left, stop),
                          _RETRIED if tries else frozenset(), _SHORTEST_TRY if tries else math.inf)
         if len(response.results) != len(slots):
-            raise ServiceError(grpc.StatusCode.INTERNAL,
+            raise ServiceError(grpc.StatusCode.DATA_LOSS,
                                f"the planner answered {len(response.results)} slots, expected {len(slots)}")
         used = (response.snapshot_version.generation, response.snapshot_version.counter)
         return [Answer(np.array(result.action, np.float32), result.belief, result.predicted_return, used)
