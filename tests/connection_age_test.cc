@@ -112,6 +112,16 @@ TEST_F(ConnectionAgeTest, WithoutALimitOneConnectionServes) {
   EXPECT_EQ(planner_.connections(), 1u);
 }
 
+// A server ends a connection at the third ping that it finds too early; clients ping every 10 s, also without a call.
+TEST_F(ConnectionAgeTest, AnIdleClientMayPing) {
+  const auto host = Serve({&planner_}, absl::InfiniteDuration(), absl::Seconds(30));
+  PlannerClient client(Connect(*host));
+  EXPECT_OK(client.Act(OneSlot(), absl::Now() + absl::Seconds(60)));
+  absl::SleepFor(absl::Seconds(55));
+  EXPECT_OK(client.Act(OneSlot(), absl::Now() + absl::Seconds(60)));
+  EXPECT_EQ(planner_.connections(), 1u);
+}
+
 // The grace is as short as the age: streams of chunks are cut in the middle.
 TEST_F(ConnectionAgeTest, AnActorPlaysEveryEpisodeToItsEnd) {
   constexpr int kEpisodes = 12, kDecisions = 40;

@@ -35,7 +35,7 @@ sudo_apt() {
 # Abseil of its own.
 test_with_asan() {
   with_reports build-asan/reports ASAN_OPTIONS="log_path=$PWD/build-asan/reports/report" \
-    LSAN_OPTIONS="suppressions=$PWD/tools/lsan_suppressions.txt" ORRERY_PRESET=asan tools/test.sh
+    LSAN_OPTIONS="suppressions=$PWD/tools/lsan_suppressions.txt print_suppressions=0" ORRERY_PRESET=asan tools/test.sh
 }
 
 test_with_tsan() {
