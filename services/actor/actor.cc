@@ -382,6 +382,16 @@ absl::Status Actor::ActOnce(const std::vector<Player*>& planned, planner::v1::Ac
   return status;
 }
 
+void Actor::NotePlannerAway(const absl::Status& status) {
+  const absl::Time now = absl::Now();
+  planner_away_since_ = std::min(planner_away_since_, now);
+  next_act_ = now + planner_backoff_.Next();
+  // A full queue has room again after a batch or two: under load that is no news, unless it stays full for so long.
+  if (absl::IsResourceExhausted(status) && now - planner_away_since_ < options_.act_timeout) return;
+  if (Stopped() || std::exchange(planner_away_told_, true)) return;
+  LogWarning("the planner does not answer, trying again: {}", status.ToString());
+}
+
 absl::StatusOr<bool> Actor::Act(const std::vector<Player*>& planned, planner::v1::ActResponse& response) {
   const TraceScope trace(planned[0]->trace);
   absl::Status status = ActOnce(planned, response);
@@ -396,13 +406,11 @@ absl::StatusOr<bool> Actor::Act(const std::vector<Player*>& planned, planner::v1
   }
   if (!status.ok()) {
     if (!IsTransient(status)) return Annotate(status, "asking the planner");
-    if (!planner_away_ && !Stopped()) LogWarning("the planner does not answer, trying again: {}", status.ToString());
-    planner_away_ = true;
-    next_act_ = absl::Now() + planner_backoff_.Next();
+    NotePlannerAway(status);
     return false;
   }
-  if (planner_away_) LogInfo("the planner answers again");
-  planner_away_ = false;
+  if (std::exchange(planner_away_told_, false)) LogInfo("the planner answers again");
+  planner_away_since_ = absl::InfiniteFuture();
   planner_backoff_.Reset();
   if (response.results_size() != static_cast<int>(planned.size())) {
     return absl::DataLossError(absl::StrFormat("the planner answered %d slots, expected %d", response.results_size(),

@@ -135,6 +135,8 @@ class Actor {
   // The call is in the first one's trace and names those of the others.
   static void SendTraces(const std::vector<Player*>& planned, grpc::ClientContext& context);
   absl::Status ActOnce(const std::vector<Player*>& planned, planner::v1::ActResponse& response);
+  // After an error that may pass: when to ask again, and a line in the log.
+  void NotePlannerAway(const absl::Status& status);
   // Asks for the players, who all have the same `pinned`, and takes their beliefs over. False: no answer now.
   absl::StatusOr<bool> DecideTogether(const std::vector<size_t>& players, std::vector<Decision>& decisions);
   // False: no answer now, try again later.
@@ -171,7 +173,8 @@ class Actor {
   std::vector<Player> players_;
   Backoff planner_backoff_;
   Backoff replay_backoff_;
-  bool planner_away_ = false;
+  absl::Time planner_away_since_ = absl::InfiniteFuture();  // that: it is not
+  bool planner_away_told_ = false;
   bool replay_away_ = false;
   bool complete_ = false;
   int failures_ = 0;  // episodes in a row in which an environment failed

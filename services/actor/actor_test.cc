@@ -263,6 +263,7 @@ class ActorTest : public testing::Test {
     };
     options.environment_timeout = environment_timeout_;
     options.patience = patience_;
+    options.act_timeout = act_timeout_;
     auto actor = Actor::Create(std::move(options));
     EXPECT_OK(actor);
     return std::move(*actor);
@@ -299,6 +300,7 @@ class ActorTest : public testing::Test {
   std::unique_ptr<grpc::Server> server_;
   std::shared_ptr<prometheus::Registry> registry_ = std::make_shared<prometheus::Registry>();
   absl::Duration environment_timeout_ = absl::Seconds(60);
+  absl::Duration act_timeout_ = absl::Seconds(60);
   absl::Duration patience_ = absl::InfiniteDuration();  // environments are waited for, so that requests can be counted
   std::function<void()> on_episode_;
   std::vector<EpisodeSummary> summaries_;
@@ -615,6 +617,22 @@ TEST_F(ActorTest, KeepsTheEpisodeWhenACallFailsInsideThePlanner) {
   EXPECT_THAT(log.Take(), testing::AllOf(testing::HasSubstr("the planner does not answer, trying again: INTERNAL: inference"),
                                          testing::Not(testing::HasSubstr("Stream removed"))))
       << "said once until the planner answers again";
+}
+
+TEST_F(ActorTest, AQueueThatIsFullForAMomentIsNoNews) {
+  const grpc::Status full(grpc::StatusCode::RESOURCE_EXHAUSTED, "the queue is full");
+  const auto play = [&](int64_t episode, size_t refusals) {
+    CapturedLog log("info");
+    planner_.Fail(std::deque<grpc::Status>(refusals, full));
+    replay_.Assign({{episode, replay::v1::TRAIN, 1}});
+    EXPECT_OK(MakeActor()->Run());
+    EXPECT_EQ(Rows(episode).at(kReward).size(), 10);
+    return log.Take();
+  };
+  EXPECT_THAT(play(1, 2), testing::Not(testing::HasSubstr("the planner")));
+  act_timeout_ = absl::Milliseconds(500);
+  EXPECT_THAT(play(2, 6), testing::AllOf(testing::HasSubstr("the planner does not answer, trying again: RESOURCE_EXHAUSTED"),
+                                         testing::HasSubstr("the planner answers again")));
 }
 
 // The model is not of this environment, or its planner of another make: no later answer is better.

@@ -204,6 +204,20 @@ def test_keeps_the_episode_while_the_planner_is_away(fakes, code):
     assert len(rows(fakes, 1)["reward"]) == 10
 
 
+def test_a_queue_that_is_full_for_a_moment_is_no_news(fakes, caplog):
+    def play(refusals, **options):
+        caplog.clear()
+        fakes.planner.errors.extend([(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")] * refusals)
+        fakes.replay.script.append((1, TRAIN, 1))
+        with caplog.at_level(logging.INFO, logger="orrery"):
+            Play(fakes, **options).run()
+        return [record.getMessage() for record in caplog.records if "planner" in record.getMessage()]
+
+    assert play(2) == []
+    away, back = play(6, act_timeout=0.5)
+    assert "does not answer, trying again: RESOURCE_EXHAUSTED" in away and back == "the planner answers again"
+
+
 def test_begins_a_new_belief_when_the_model_changed(fakes):
     fakes.planner.errors.extend([(grpc.StatusCode.OK, ""), (grpc.StatusCode.FAILED_PRECONDITION, "other structure")])
     fakes.replay.script.append((1, TRAIN, 1))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -165,7 +166,8 @@ class Actor:
         self._stop = threading.Event()
         self._faults = 0  # since an episode was played to its end
         self._complete = False
-        self._replay_away = self._planner_away = False
+        self._replay_away = self._planner_away_told = False
+        self._planner_away_since = math.inf
         self._next_begin = self._next_act = 0.0
         self._replay_backoff, self._planner_backoff = Backoff(), Backoff()
         self._groups: list[_Group] = []
@@ -406,6 +408,17 @@ class Actor:
                 if _mode(player) == EpisodeMode.EVALUATE:
                     player.run.pinned = answer.version
 
+    def _note_planner_away(self, error: ServiceError) -> None:
+        now = time.monotonic()
+        self._planner_away_since = min(self._planner_away_since, now)
+        self._next_act = now + self._planner_backoff.next()
+        # A full queue has room again after a batch or two: under load that is no news, unless it stays full for so long.
+        full = error.code == grpc.StatusCode.RESOURCE_EXHAUSTED
+        if full and now - self._planner_away_since < self._options.act_timeout or self.stopped or self._planner_away_told:
+            return
+        self._planner_away_told = True
+        _log.warning("the planner does not answer, trying again: %s", error)
+
     def _ask_planner(self, together: Sequence[_Player]) -> list[Answer]:
         """For those that plan with one snapshot. Empty: no answer now, try again later."""
         wait = self._next_act - time.monotonic()
@@ -420,14 +433,11 @@ class Actor:
         except ServiceError as error:
             if not error.transient:
                 raise
-            if not self._planner_away and not self.stopped:
-                _log.warning("the planner does not answer, trying again: %s", error)
-            self._planner_away = True
-            self._next_act = time.monotonic() + self._planner_backoff.next()
+            self._note_planner_away(error)
             return []
-        if self._planner_away:
+        if self._planner_away_told:
             _log.info("the planner answers again")
-        self._planner_away = False
+        self._planner_away_since, self._planner_away_told = math.inf, False
         self._planner_backoff.reset()
         for answer in answers:
             if answer.action.shape != (self._spec.action.size,):
