@@ -44,7 +44,7 @@ CLUSTER_ARROWS = {("redis", "redis", 6379), ("redis", "redis", 16379), ("redis-c
 METRICS_PORTS = {"orrery-replay": 9101, "orrery-learner": 9102, "orrery-planner": 9103, "orrery-actor": 9104, "redis": 9121}
 HEALTH_PORTS = {"orrery-replay": 7201, "orrery-learner": 7202, "orrery-planner": 7203}
 GRACE = 10  # seconds that a service waits for running calls after SIGTERM (libs/telemetry/service_main.h); an actor needs less
-REDIS_BYTES_PER_BYTE = 1.25  # of memory, for a byte of chunks: docs/kubernetes.md, sizing
+REDIS_BYTES_PER_BYTE = 1.3  # of memory, for a byte of chunks: docs/kubernetes.md, sizing
 UNITS = {"": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "mb": 2**20, "gb": 2**30}
 
 

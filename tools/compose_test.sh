@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Shows that deploy/compose.yaml works: builds the images, starts everything, sees learning go on in the metrics of the real
-# Prometheus, crashes each container, changes Redis' password, stops everything and starts it again. Needs nothing of Docker Hub;
-# Grafana, which is not in Debian, is left out.
+# Prometheus, crashes each container, changes Redis' password, stops everything and starts it again, also from a backup. Needs
+# nothing of Docker Hub; Grafana, which is not in Debian, is left out.
 #
 #   tools/compose_test.sh [--no-build] [--keep] [--data_root=FOLDER] [--base=IMAGE]
 #
@@ -272,6 +272,33 @@ stop_all() {
   say "stopped with exit code 0, nothing left but volumes"
 }
 
+# As docs/docker.md says it: both volumes into files, away, and back.
+bring_back_from_backup() {
+  compose run --rm --no-deps -T --entrypoint tar redis -cC /data . >"$work/redis.tar" 2>"$work/tar.log"
+  compose run --rm --no-deps -T --entrypoint tar learner -cC /var/lib/orrery . >"$work/learner.tar" 2>>"$work/tar.log"
+  compose down --volumes >"$work/down.log" 2>&1
+  compose run --rm --no-deps -T --entrypoint tar redis -xC /data <"$work/redis.tar" >>"$work/tar.log" 2>&1
+  compose run --rm --no-deps -T --entrypoint tar learner -xC /var/lib/orrery <"$work/learner.tar" >>"$work/tar.log" 2>&1
+  say "both volumes were saved ($(du -ch "$work"/*.tar | tail -1 | cut -f1)), deleted and brought back"
+}
+
+# resumes START: nothing that was there before is lost. Stops everything first, then does what follows START.
+resumes() {
+  local start="$1" before after
+  shift
+  before="$(total orrery_replay_steps)"
+  stop_all
+  "$@"
+  start_all "$start"
+  await_targets
+  after="$(total orrery_replay_steps)"
+  awk -v a="$before" -v b="$after" 'BEGIN { exit !(a > 0 && b >= a) }' ||
+    die "rows $before before the stop, $after after it: expected no fewer"
+  compose logs learner >"$work/learner.log" 2>&1
+  grep -q 'resumed from a checkpoint' "$work/learner.log" || die "the learner did not resume from its checkpoint"
+  await_learning "$start, rows $before then, $after now"
+}
+
 command -v docker >/dev/null || skip "docker is not installed"
 docker compose version >/dev/null 2>&1 || skip "Docker's Compose plugin is not installed"
 start_daemon
@@ -301,14 +328,6 @@ change_password
 await_learning "after Redis' password was changed"
 check_tools
 await_targets
-before="$(total orrery_replay_steps)"
-stop_all
-start_all "second start"
-await_targets
-after="$(total orrery_replay_steps)"
-awk -v a="$before" -v b="$after" 'BEGIN { exit !(a > 0 && b >= a) }' ||
-  die "rows $before before the stop, $after after it: expected no fewer"
-compose logs learner >"$work/learner.log" 2>&1
-grep -q 'resumed from a checkpoint' "$work/learner.log" || die "the learner did not resume from its checkpoint"
-await_learning "second start, rows $before then, $after now"
+resumes "second start" true
+resumes "start from a backup" bring_back_from_backup
 say "passed"

@@ -113,14 +113,11 @@ check_schemas() {
   done
 }
 
-# Not asked for: anti-affinity, as spread constraints do that; more than one replica, as that is the overlay's choice.
 check_practice() {
   local file result=0
   say "kube-score"
   for file in "$rendered"/*.yaml; do
-    "$cache/bin/kube-score-$KUBE_SCORE" score --kubernetes-version v1.30 --output-format ci --exit-one-on-warning \
-      --ignore-test deployment-has-host-podantiaffinity --ignore-test statefulset-has-host-podantiaffinity \
-      --ignore-test deployment-replicas "$file" >"$rendered/score" ||
+    "$cache/bin/kube-score-$KUBE_SCORE" score --kubernetes-version v1.30 --output-format ci --exit-one-on-warning "$file" >"$rendered/score" ||
       { result=1; grep -vE '^\[(OK|SKIPPED)\]' "$rendered/score" | sed "s|^|$(basename "$file"): |" >&2; }
   done
   return $result
