@@ -3,7 +3,7 @@
 # dm_control beside ours, the Kubernetes manifests, Docker's containers, buf lint, hadolint, dashboards.
 # Each part runs even when an earlier one failed; the exit status is 0 only when all passed.
 #
-#   tools/ci_full.sh [part …]      parts: release asan tsan clang cuda dm_control k8s python compose lint    (default: all)
+#   tools/ci_full.sh [part …]      parts: release asan tsan clang cuda dm_control k8s python dashboards compose lint    (default: all)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,10 +18,11 @@ run_part() {
     k8s) command -v go >/dev/null || { echo "go not found: https://go.dev/dl"; return 1; }
          tools/setup.sh && tools/build.sh && tools/k8s_check.sh ;;
     python) tools/setup.sh && tools/build.sh && ORRERY_BIN_DIR="$PWD/build/bin" ORRERY_REQUIRE_PROGRAMS=1 tools/python/matrix.sh -q ;;
+    dashboards) sudo_apt python3-venv; tools/setup.sh && tools/build.sh && draw_dashboards ;;
     compose) tools/compose_test.sh || { [ $? -eq 77 ] && echo "ci_full: compose skipped"; } ;;
     lint) command -v buf >/dev/null || { echo "buf not found: go install github.com/bufbuild/buf/cmd/buf@v1.50.0"; return 1; }
           buf lint && lint_deploy ;;
-    *) echo "ci_full: unknown part \"$1\": expected release, asan, tsan, clang, cuda, dm_control, k8s, python, compose or lint"; return 2 ;;
+    *) echo "ci_full: unknown part \"$1\": expected release, asan, tsan, clang, cuda, dm_control, k8s, python, dashboards, compose or lint"; return 2 ;;
   esac
 }
 
@@ -64,6 +65,14 @@ compare_with_dm_control() {
     MUJOCO_GL=osmesa "$venv/bin/python" tools/bench/compare_dm_control.py
 }
 
+# As docs/pictures were made; these go to build/pictures.
+draw_dashboards() {
+  local venv=.cache/lint
+  { [ -x "$venv/bin/pip" ] || python3 -m venv "$venv"; } &&
+    "$venv/bin/pip" install --quiet matplotlib==3.10.8 pillow==12.0.0 &&
+    "$venv/bin/python" tests/dashboards_test.py --render=build/pictures --seconds=180
+}
+
 # hadolint, and Grafana's own classes of the version in deploy/.env.
 lint_deploy() {
   local venv=.cache/lint
@@ -73,7 +82,7 @@ lint_deploy() {
 }
 
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(release asan tsan clang cuda dm_control k8s python compose lint)
+[ ${#parts[@]} -gt 0 ] || parts=(release asan tsan clang cuda dm_control k8s python dashboards compose lint)
 failed=()
 for part in "${parts[@]}"; do
   echo "ci_full: $part"

@@ -152,20 +152,23 @@ TEST(Train, RunsResumesAndIsEvaluated) {
   EXPECT_THAT(Orrery(snapshot + "--drop=image").output, HasSubstr("observations is empty, expected at least one modality"));
 }
 
-TEST(Train, SavesAndEndsCleanlyOnSigterm) {
-  const TempDir dir;
-  const std::string run = dir / "run";
-  // Ends itself after some seconds of an unlimited run.
-  const Outcome outcome = Orrery(TinyRun(run) + "--set learning.max_episodes=100000", "timeout --preserve-status --signal=TERM 8 ");
-  EXPECT_EQ(outcome.code, 0) << outcome.output;
-  EXPECT_THAT(outcome.output, HasSubstr("saving a checkpoint"));
-  EXPECT_THAT(outcome.output, HasSubstr("snapshot "));
-  EXPECT_FALSE(std::filesystem::is_empty(run + "/checkpoints"));
-}
-
 int64_t Updates(const std::string& run) {
   const absl::StatusOr<std::string> file = ReadFile(run + "/metrics.csv");
   return file.ok() ? std::count(file->begin(), file->end(), '\n') - 1 : 0;
+}
+
+TEST(Train, SavesAndEndsCleanlyOnSigterm) {
+  const TempDir dir;
+  const std::string run = dir / "run";
+  Process process({"/bin/sh", "-c", absl::StrCat("exec ", ORRERY_BIN_DIR, "/orrery ", TinyRun(run),
+                                                 "--set learning.max_episodes=100000 --set learning.max_seconds=3600")},
+                  dir / "log");
+  while (process.Running() && Updates(run) < 1) absl::SleepFor(absl::Milliseconds(20));
+  process.Signal(SIGTERM);
+  EXPECT_EQ(process.Wait(absl::Seconds(60)), 0) << process.Log();
+  EXPECT_THAT(process.Log(), HasSubstr("saving a checkpoint"));
+  EXPECT_THAT(process.Log(), HasSubstr("snapshot "));
+  EXPECT_FALSE(std::filesystem::is_empty(run + "/checkpoints"));
 }
 
 void ExpectSameModel(const std::string& run, const std::string& other) {
