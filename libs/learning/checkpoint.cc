@@ -31,7 +31,10 @@ constexpr size_t kChecksumDigits = 8;
 
 constexpr absl::string_view kPrefix = "checkpoint-";
 constexpr absl::string_view kSuffix = ".safetensors";
-constexpr absl::string_view kTemporary = ".safetensors.tmp.";  // WriteFileAtomically's
+constexpr absl::string_view kDamaged = ".safetensors.damaged";  // set aside
+constexpr absl::string_view kTemporary = ".safetensors.tmp.";    // WriteFileAtomically's
+
+std::string Name(int64_t updates) { return absl::StrFormat("%s%012d%s", kPrefix, updates, kSuffix); }
 
 // Where the digits of the checksum stand in the file. The quotes around the key keep it apart from any value, in which
 // JSON would have escaped them.
@@ -59,8 +62,8 @@ absl::StatusOr<int64_t> GetNumber(const SafeTensors& contents, const std::string
   return value;
 }
 
-// Names of the checkpoints, oldest first, or of what interrupted writes left behind.
-absl::StatusOr<std::vector<std::string>> List(const std::string& folder, bool temporary = false) {
+// Names of checkpoints that end like this, oldest first, or of what interrupted writes left behind.
+absl::StatusOr<std::vector<std::string>> List(const std::string& folder, absl::string_view ending = kSuffix) {
   std::error_code error;
   std::filesystem::directory_iterator entries(folder, error);
   if (error) return absl::UnknownError(absl::StrCat("cannot list ", folder, ": ", error.message()));
@@ -68,7 +71,7 @@ absl::StatusOr<std::vector<std::string>> List(const std::string& folder, bool te
   for (const auto& entry : entries) {
     const std::string name = entry.path().filename().string();
     if (!absl::StartsWith(name, kPrefix)) continue;
-    if (temporary ? absl::StrContains(name, kTemporary) : absl::EndsWith(name, kSuffix)) names.push_back(name);
+    if (ending == kTemporary ? absl::StrContains(name, ending) : absl::EndsWith(name, ending)) names.push_back(name);
   }
   std::sort(names.begin(), names.end());
   return names;
@@ -124,7 +127,7 @@ absl::StatusOr<CheckpointFolder> CheckpointFolder::Open(const std::string& folde
 
 void CheckpointFolder::RemoveTemporaryFiles() {
   if (std::exchange(removed_temporary_files_, true)) return;
-  const absl::StatusOr<std::vector<std::string>> names = List(folder_, /*temporary=*/true);
+  const absl::StatusOr<std::vector<std::string>> names = List(folder_, kTemporary);
   if (!names.ok()) return;
   for (const std::string& name : *names) {
     std::error_code ignored;
@@ -135,7 +138,7 @@ void CheckpointFolder::RemoveTemporaryFiles() {
 absl::Status CheckpointFolder::Save(const Checkpoint& checkpoint) {
   ASSIGN_OR_RETURN(const std::string file, SerializeCheckpoint(checkpoint));
   RemoveTemporaryFiles();
-  const std::string name = absl::StrFormat("%s%012d%s", kPrefix, checkpoint.updates, kSuffix);
+  const std::string name = Name(checkpoint.updates);
   RETURN_IF_ERROR(WriteFileAtomically(absl::StrCat(folder_, "/", name), file));
   ASSIGN_OR_RETURN(const std::vector<std::string> names, List(folder_));
   for (size_t i = 0; i + keep_ < names.size(); ++i) {
@@ -147,12 +150,15 @@ absl::Status CheckpointFolder::Save(const Checkpoint& checkpoint) {
   return absl::OkStatus();
 }
 
-absl::StatusOr<Checkpoint> CheckpointFolder::LoadNewest() {
+absl::StatusOr<Checkpoint> CheckpointFolder::LoadNewest(int64_t before) {
   ASSIGN_OR_RETURN(std::vector<std::string> names, List(folder_));
+  ASSIGN_OR_RETURN(const std::vector<std::string> damaged, List(folder_, kDamaged));
+  const std::string limit = Name(before);
+  std::erase_if(names, [&](const std::string& name) { return name >= limit; });
   for (auto name = names.rbegin(); name != names.rend(); ++name) {
     const std::string path = absl::StrCat(folder_, "/", *name);
-    absl::StatusOr<std::string> file = ReadFile(path);
-    absl::StatusOr<Checkpoint> checkpoint = file.ok() ? ParseCheckpoint(*file) : file.status();
+    ASSIGN_OR_RETURN(const std::string file, ReadFile(path));
+    absl::StatusOr<Checkpoint> checkpoint = ParseCheckpoint(file);
     if (checkpoint.ok()) return checkpoint;
     LogError("checkpoint refused, the one before it is tried path={} reason={}", path, checkpoint.status().ToString());
     if (absl::IsDataLoss(checkpoint.status())) {
@@ -161,7 +167,10 @@ absl::StatusOr<Checkpoint> CheckpointFolder::LoadNewest() {
       if (error) LogWarning("cannot set {} aside: {}", path, error.message());
     }
   }
-  return absl::NotFoundError(absl::StrCat("no usable checkpoint in ", folder_));
+  if (names.empty() && damaged.empty()) return absl::NotFoundError(absl::StrCat("no checkpoint in ", folder_));
+  return absl::FailedPreconditionError(
+      absl::StrCat("none of the ", names.size() + damaged.size(), " checkpoints in ", folder_,
+                   " can be used: bring one back from a backup, or move them away to begin anew"));
 }
 
 absl::StatusOr<bool> CheckpointFolder::empty() const {

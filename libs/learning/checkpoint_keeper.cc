@@ -26,7 +26,7 @@ absl::StatusOr<std::optional<Checkpoint>> CheckpointKeeper::ToResume(const std::
   }
   absl::StatusOr<Checkpoint> checkpoint = checkpoints_->LoadNewest();
   if (absl::IsNotFound(checkpoint.status())) {
-    LogInfo("no checkpoint to resume from, learning begins anew folder={}", folder);
+    LogInfo("no checkpoint to resume from, learning begins folder={}", folder);
     return std::nullopt;
   }
   RETURN_IF_ERROR(checkpoint.status());
@@ -49,6 +49,7 @@ bool CheckpointKeeper::Count(bool skipped) {
 
 void CheckpointKeeper::Save(int64_t updates, absl::FunctionRef<Checkpoint()> state) {
   if (!checkpoints_.has_value() || saved_updates_ == updates) return;
+  if (returns_ > 0 && !learnt_) return;  // what it went back to is there
   const absl::Status status = checkpoints_->Save(state());
   if (!status.ok()) {
     if (options_.errors != nullptr) options_.errors->Increment();
@@ -66,9 +67,12 @@ absl::StatusOr<Checkpoint> CheckpointKeeper::ToGoBackTo(int64_t updates) {
     return absl::InternalError(absl::StrCat(what, " again after ", kReturnsBeforeGivingUp,
                                             " returns to the last checkpoint: lower learning.learning_rate"));
   }
-  absl::StatusOr<Checkpoint> checkpoint = checkpoints_->LoadNewest();
+  absl::StatusOr<Checkpoint> checkpoint = absl::NotFoundError("");
+  if (returns_ > 1 && !learnt_) checkpoint = checkpoints_->LoadNewest(/*before=*/returned_to_);
+  if (!checkpoint.ok()) checkpoint = checkpoints_->LoadNewest();
   if (!checkpoint.ok()) return absl::InternalError(absl::StrCat(what, ": ", checkpoint.status().message()));
   learnt_ = false;
+  returned_to_ = checkpoint->updates;
   LogError("{}: going back to the parameters of the checkpoint updates={}", what, checkpoint->updates);
   return checkpoint;
 }

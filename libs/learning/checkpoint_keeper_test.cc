@@ -100,7 +100,35 @@ TEST_F(CheckpointKeeperTest, GoesBackToTheNewestThatIsWhole) {
   EXPECT_THAT(keeper.ToGoBackTo(47),
               StatusIs(absl::StatusCode::kInternal,
                        AllOf(HasSubstr("10 updates in a row were not finite (updates 47)"),
-                             HasSubstr("no usable checkpoint in " + dir_.path()))));
+                             HasSubstr("none of the 2 checkpoints in " + dir_.path()))));
+}
+
+// The newest may have been written when the parameters were spoilt already.
+TEST_F(CheckpointKeeperTest, GoesBackOneFurtherWhenNothingCouldBeLearnt) {
+  CheckpointKeeper keeper = Open();
+  const auto go_back = [&](int64_t updates) { return keeper.ToGoBackTo(updates).value().updates; };
+  Save(keeper, 5);
+  Save(keeper, 10);
+  keeper.Count(false);
+  EXPECT_EQ(go_back(20), 10);
+  Save(keeper, 21);
+  EXPECT_EQ(states_, 2) << "the same as at 10";
+  EXPECT_EQ(go_back(30), 5);
+  keeper.Count(false);
+  EXPECT_EQ(go_back(40), 10) << "something was learnt";
+  keeper.Count(false);
+  Save(keeper, 41);
+  EXPECT_EQ(go_back(50), 41);
+}
+
+TEST_F(CheckpointKeeperTest, DoesNotBeginAnewWhereNoCheckpointCanBeUsed) {
+  CheckpointKeeper keeper = Open();
+  Save(keeper, 5);
+  ASSERT_OK(WriteFileAtomically(dir_ / "checkpoint-000000000005.safetensors", "damaged"));
+  for (int start = 0; start < 2; ++start) {
+    EXPECT_THAT(Open().ToResume("run", /*resume=*/true),
+                StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("none of the 1 checkpoints in " + dir_.path())));
+  }
 }
 
 TEST_F(CheckpointKeeperTest, GivesUpWhenNothingIsLearntBetweenReturns) {

@@ -18,6 +18,7 @@ namespace {
 using ::testing::Contains;
 using ::testing::ElementsAre;
 using ::testing::EndsWith;
+using ::testing::HasSubstr;
 
 Checkpoint MakeCheckpoint(int64_t updates) {
   Checkpoint checkpoint;
@@ -106,7 +107,21 @@ TEST(CheckpointFolder, SetsADamagedOneAsideAndTakesTheOneBefore) {
   EXPECT_EQ(Names(dir.path()), (std::set<std::string>{"checkpoint-000000000001.safetensors",
                                                       "checkpoint-000000000002.safetensors.damaged"}));
   FlipByte(dir / "checkpoint-000000000001.safetensors");
-  EXPECT_THAT(checkpoints.LoadNewest(), StatusIs(absl::StatusCode::kNotFound));
+  for (int start = 0; start < 2; ++start) {  // the second one finds what the first has set aside
+    EXPECT_THAT(checkpoints.LoadNewest(), StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("none of the 2 checkpoints")));
+  }
+}
+
+TEST(CheckpointFolder, StepsPastNoneThatCannotBeRead) {
+  const TempDir dir;
+  ASSERT_OK_AND_ASSIGN(CheckpointFolder checkpoints, CheckpointFolder::Open(dir.path(), 2));
+  ASSERT_OK(checkpoints.Save(MakeCheckpoint(1)));
+  const std::string unreadable = dir / "checkpoint-000000000002.safetensors";
+  std::filesystem::create_directory(unreadable);  // of root, too
+  const absl::Status refused = checkpoints.LoadNewest().status();
+  EXPECT_THAT(std::string(refused.message()), HasSubstr(unreadable));
+  EXPECT_TRUE(std::filesystem::exists(unreadable));
+  EXPECT_EQ(checkpoints.LoadNewest(/*before=*/2).value().updates, 1);
 }
 
 TEST(CheckpointFolder, AFailedWriteLeavesTheOthersAlone) {

@@ -93,7 +93,9 @@ void Publication::AwaitPlanners(Stopped stopped) const {
     const absl::Time now = options_.clock->Now();
     if (options_.publisher->AwaitAcknowledgements(newest_, std::min(deadline, now + kSlice))) return;
     if (now >= deadline) {
-      LogWarning("not every planner serves the newest snapshot yet updates={}, going on", newest_.counter);
+      LogWarning("not every planner serves the newest snapshot, going on without those that do not updates={}",
+                 newest_.counter);
+      options_.publisher->GiveUpOnLate(newest_);
       return;
     }
   }

@@ -50,7 +50,8 @@ class Publication {
   bool Due(int64_t updates) const;
   // ALTERNATE: waits until a planner has subscribed, for `patience` at most.
   void AwaitAPlanner(absl::Duration patience, Stopped stopped) const;
-  // ALTERNATE: waits until every planner serves the newest snapshot, 10 s at most.
+  // ALTERNATE: waits until every planner serves the newest snapshot, 10 s at most; those that do not by then, no more
+  // before they do.
   void AwaitPlanners(Stopped stopped) const;
   // Waits until replay has the newest snapshot that it was handed, or has failed to take it.
   void Flush();

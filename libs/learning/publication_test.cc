@@ -184,6 +184,18 @@ TEST_F(PublicationTest, AwaitsPlannersUnderAlternateForTenSecondsAtMost) {
   clock_.Advance(absl::Seconds(10));
   patient.join();
   publication->AwaitPlanners([] { return true; });  // returns at once
+
+  // One that refuses what it gets costs that time once, not at every block.
+  publication->Publish(*model_, {1, 9}, true);
+  publication->AwaitPlanners(never);
+  publisher_.Acknowledge(&planner, {1, 7});
+  publication->AwaitPlanners(never);
+  publisher_.Acknowledge(&planner, {1, 9});
+  publication->Publish(*model_, {1, 10}, true);
+  std::thread again([&] { publication->AwaitPlanners(never); });
+  clock_.AwaitWaiters(1);
+  publisher_.Acknowledge(&planner, {1, 10});
+  again.join();
   publisher_.Unsubscribe(&planner);
 }
 

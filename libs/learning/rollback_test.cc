@@ -164,7 +164,7 @@ class Rank {
       if (group_->rank() == 0) {
         EXPECT_THAT(ended, StatusIs(absl::StatusCode::kInternal,
                                     AllOf(HasSubstr("10 updates in a row were not finite (updates 14)"),
-                                          HasSubstr("no usable checkpoint in " + task_.folder))));
+                                          HasSubstr("none of the 2 checkpoints in " + task_.folder))));
       } else {
         EXPECT_THAT(ended, StatusIs(absl::StatusCode::kUnavailable, HasSubstr("a rank was lost")));
       }

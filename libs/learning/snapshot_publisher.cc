@@ -13,8 +13,8 @@ void SnapshotPublisher::Publish(SnapshotVersion version, std::string file) {
   absl::MutexLock lock(&mu_);
   if (closed_ || (newest_ != nullptr && version <= newest_->version)) return;
   newest_ = std::move(snapshot);
-  for (const auto& [subscriber, serving] : subscribers_) {
-    if (serving < version) subscriber->OnSnapshot(newest_);
+  for (const auto& [subscriber, following] : subscribers_) {
+    if (following.serving < version) subscriber->OnSnapshot(newest_);
   }
 }
 
@@ -24,7 +24,7 @@ void SnapshotPublisher::Subscribe(Subscriber* subscriber, SnapshotVersion servin
     subscriber->OnClose();
     return;
   }
-  subscribers_[subscriber] = serving;
+  subscribers_[subscriber] = {serving};
   if (newest_ != nullptr && serving < newest_->version) subscriber->OnSnapshot(newest_);
   changed_.SignalAll();
 }
@@ -39,13 +39,20 @@ void SnapshotPublisher::Acknowledge(Subscriber* subscriber, SnapshotVersion serv
   absl::MutexLock lock(&mu_);
   const auto found = subscribers_.find(subscriber);
   if (found == subscribers_.end()) return;
-  found->second = std::max(found->second, serving);
+  Following& following = found->second;
+  following.serving = std::max(following.serving, serving);
+  following.late = following.late && newest_ != nullptr && following.serving < newest_->version;
   changed_.SignalAll();
 }
 
 bool SnapshotPublisher::AllServe(SnapshotVersion version) const {
   return std::all_of(subscribers_.begin(), subscribers_.end(),
-                     [&](const auto& entry) { return entry.second >= version; });
+                     [&](const auto& entry) { return entry.second.late || entry.second.serving >= version; });
+}
+
+void SnapshotPublisher::GiveUpOnLate(SnapshotVersion version) {
+  absl::MutexLock lock(&mu_);
+  for (auto& [subscriber, following] : subscribers_) following.late = following.late || following.serving < version;
 }
 
 bool SnapshotPublisher::AwaitAcknowledgements(SnapshotVersion version, absl::Time deadline) {
@@ -70,7 +77,7 @@ void SnapshotPublisher::Close() {
   absl::MutexLock lock(&mu_);
   if (closed_) return;
   closed_ = true;
-  for (const auto& [subscriber, serving] : subscribers_) subscriber->OnClose();
+  for (const auto& [subscriber, following] : subscribers_) subscriber->OnClose();
   subscribers_.clear();
   changed_.SignalAll();
 }

@@ -47,6 +47,8 @@ class SnapshotPublisher {
   void Acknowledge(Subscriber* subscriber, SnapshotVersion serving);
   // Waits until every subscriber of that moment serves `version` or a newer one. False: not by the deadline, or closed.
   bool AwaitAcknowledgements(SnapshotVersion version, absl::Time deadline);
+  // Those that do not serve `version`, such as ones that refuse it, are not waited for again before they serve the newest.
+  void GiveUpOnLate(SnapshotVersion version);
   // Waits until there is a subscriber. False: not by the deadline, or closed.
   bool AwaitSubscriber(absl::Time deadline);
   // Tells every subscriber, and ends waits.
@@ -56,13 +58,17 @@ class SnapshotPublisher {
   int subscribers() const;
 
  private:
+  struct Following {
+    SnapshotVersion serving;
+    bool late = false;  // was given up on
+  };
   bool AllServe(SnapshotVersion version) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   Clock* const clock_;
   mutable absl::Mutex mu_;
   absl::CondVar changed_;  // subscribers, or what they serve
   std::shared_ptr<const PublishedSnapshot> newest_ ABSL_GUARDED_BY(mu_);
-  std::map<Subscriber*, SnapshotVersion> subscribers_ ABSL_GUARDED_BY(mu_);
+  std::map<Subscriber*, Following> subscribers_ ABSL_GUARDED_BY(mu_);
   bool closed_ ABSL_GUARDED_BY(mu_) = false;
 };
 
