@@ -59,15 +59,20 @@ absl::Status SnapshotHolder::Load(absl::string_view file, std::optional<Snapshot
     status = Annotate(options_.warm_up(**built), "warming up");
   }
   if (!status.ok()) {
-    refused_.Increment();
-    LogWarning("snapshot refused version={} serving={} error=\"{}\"", version.has_value() ? Text(*version) : "its own",
-               old == nullptr ? "nothing" : Text(this->version()), status.ToString());
+    Refuse(status, version);
     return status;
   }
   Swap(*built);
   LogDebug("snapshot loaded model={} version={} serving={}", (*built)->name, Text((*built)->version), Text(this->version()));
   if (options_.on_swap) options_.on_swap(**built);
   return absl::OkStatus();
+}
+
+void SnapshotHolder::Refuse(const absl::Status& error, std::optional<SnapshotVersion> version) {
+  refused_.Increment();
+  const std::optional<SnapshotVersion> served = state().served;
+  LogWarning("snapshot refused version={} serving={} error=\"{}\"", version.has_value() ? Text(*version) : "unknown",
+             served.has_value() ? Text(*served) : "nothing", error.ToString());
 }
 
 std::shared_ptr<const ServedModel> SnapshotHolder::Get() const {

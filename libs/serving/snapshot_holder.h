@@ -57,6 +57,9 @@ class SnapshotHolder {
   // refused, counted, logged.
   absl::Status Load(absl::string_view file, std::optional<SnapshotVersion> version = std::nullopt)
       ABSL_LOCKS_EXCLUDED(load_mu_, mu_);
+  // Counts and logs a snapshot that was damaged on its way here, as Load does with what it refuses. `version` is what its
+  // sender said; unset: unknown.
+  void Refuse(const absl::Status& error, std::optional<SnapshotVersion> version) ABSL_LOCKS_EXCLUDED(mu_);
   // Serves the snapshot before the one served, at once, and holds it. `expected`, where set, must be served now. Returns what
   // was served before. UNAVAILABLE: nothing is served yet. ABORTED: another than `expected` is. FAILED_PRECONDITION: no earlier
   // one is kept.

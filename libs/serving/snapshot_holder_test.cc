@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "libs/base/log_testing.h"
 #include "libs/base/status_matchers.h"
 #include "libs/serving/testing.h"
 #include "libs/tensors/safetensors.h"
@@ -230,6 +231,21 @@ TEST_F(SnapshotHolderTest, RefusesADamagedSnapshotAndKeepsServing) {
   EXPECT_EQ(holder.Get(), old);
   EXPECT_EQ(Value("orrery_planner_snapshots_refused_total"), 4);
   EXPECT_OK(holder.Load(good));
+}
+
+TEST_F(SnapshotHolderTest, LogsAndCountsEachRefusal) {
+  CapturedLog log("warning");
+  SnapshotHolder holder(options_);
+  const absl::Status refused = holder.Load("no snapshot", SnapshotVersion{1, 4});
+  EXPECT_FALSE(refused.ok());
+  ASSERT_OK(holder.Load(TinySnapshot(5)));
+  holder.Refuse(absl::DataLossError("cut off"), SnapshotVersion{1, 6});
+  holder.Refuse(absl::InvalidArgumentError("no part"), std::nullopt);
+  EXPECT_EQ(Value("orrery_planner_snapshots_refused_total"), 3);
+  const std::string lines = log.Take();
+  EXPECT_THAT(lines, HasSubstr("snapshot refused version=1.4 serving=nothing error=\"" + refused.ToString() + "\""));
+  EXPECT_THAT(lines, HasSubstr("snapshot refused version=1.6 serving=1.5 error=\"DATA_LOSS: cut off\""));
+  EXPECT_THAT(lines, HasSubstr("snapshot refused version=unknown serving=1.5 error=\"INVALID_ARGUMENT: no part\""));
 }
 
 TEST_F(SnapshotHolderTest, RefusesWhatCannotBeWarmedUp) {

@@ -1,5 +1,6 @@
 #include "services/planner/snapshot_subscriber.h"
 
+#include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -19,6 +20,12 @@ constexpr absl::Duration kFetchTimeout = absl::Minutes(2);
 // A subscription that lasted longer did begin.
 constexpr absl::Duration kStream = absl::Seconds(10);
 
+// The version that a part names, damaged or not.
+std::optional<SnapshotVersion> Said(const common::v1::SnapshotPart& part) {
+  const absl::StatusOr<SnapshotVersion> version = FromProto(part.version());
+  return part.has_version() && version.ok() ? std::optional(*version) : std::nullopt;
+}
+
 }  // namespace
 
 class SnapshotSubscriber::Call {
@@ -28,12 +35,12 @@ class SnapshotSubscriber::Call {
     SendTrace(context_);
     if (timeout != absl::InfiniteDuration()) context_.set_deadline(absl::ToChronoTime(absl::Now() + timeout));
     absl::MutexLock lock(&subscriber_->mu_);
-    subscriber_->context_ = &context_;
+    subscriber_->contexts_.push_back(&context_);
     if (subscriber_->closed_) context_.TryCancel();
   }
   ~Call() {
     absl::MutexLock lock(&subscriber_->mu_);
-    subscriber_->context_ = nullptr;
+    subscriber_->contexts_.pop_back();
   }
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
@@ -54,7 +61,7 @@ SnapshotSubscriber::~SnapshotSubscriber() {
   {
     absl::MutexLock lock(&mu_);
     closed_ = true;
-    if (context_ != nullptr) context_->TryCancel();
+    for (grpc::ClientContext* context : contexts_) context->TryCancel();
     woken_.SignalAll();
   }
   thread_.join();
@@ -77,33 +84,44 @@ SnapshotVersion SnapshotSubscriber::Newest() const { return options_.holder->sta
 void SnapshotSubscriber::Loop() {
   while (!closed()) {
     const TraceScope trace(NewTrace());
-    const absl::Time begin = options_.clock->Now();
-    absl::Status learner = learner_ == nullptr ? absl::OkStatus() : Subscribe();
+    if (learner_ != nullptr) ended_ = Subscribe();
     if (closed()) return;
-    if (learner_ != nullptr && options_.clock->Now() - begin > kStream) {
-      // Streams end when their connection is old enough: no trouble unless the next one fails, too.
-      learner = absl::OkStatus();
-      backoff_.Reset();
-    }
-    const absl::Status replay = replay_ == nullptr ? absl::OkStatus() : AskReplay();
-    if (closed()) return;
-    NoteTrouble(learner, replay);
+    NoteTrouble(replay_ == nullptr ? absl::OkStatus() : AskReplay());
     Wait(learner_ == nullptr ? options_.poll_interval : backoff_.Next());
   }
 }
 
-void SnapshotSubscriber::NoteTrouble(const absl::Status& learner, const absl::Status& replay) {
+void SnapshotSubscriber::NoteTrouble(const absl::Status& replay) {
+  if (closed()) return;  // which cancels calls
   const std::string trouble =
-      absl::StrCat(learner.ok() ? "" : absl::StrCat(" learner=\"", learner.ToString(), "\""),
+      absl::StrCat(ended_.ok() ? "" : absl::StrCat(" learner=\"", ended_.ToString(), "\""),
                    replay.ok() ? "" : absl::StrCat(" replay=\"", replay.ToString(), "\""));
   if (trouble == trouble_) return;
   trouble_ = trouble;
   if (!trouble.empty()) LogWarning("no new snapshots for now, trying on{}", trouble);
 }
 
+bool SnapshotSubscriber::Await(grpc::CompletionQueue& queue) {
+  void* tag = nullptr;
+  bool ok = false;
+  const auto next = [&] {
+    const bool loaded = options_.holder->state().newest.has_value();
+    const absl::Time until = replay_ == nullptr || loaded ? absl::InfiniteFuture() : absl::Now() + options_.poll_interval;
+    return queue.AsyncNext(&tag, &ok, absl::ToChronoTime(until));
+  };
+  while (next() == grpc::CompletionQueue::TIMEOUT) {
+    const TraceScope trace(NewTrace());
+    NoteTrouble(AskReplay());
+  }
+  return ok;
+}
+
 absl::Status SnapshotSubscriber::Subscribe() {
+  const absl::Time begin = options_.clock->Now();
   Call call(this);
-  auto stream = learner_->SubscribeSnapshots(call.context());
+  grpc::CompletionQueue queue;
+  const auto stream = learner_->AsyncSubscribeSnapshots(call.context(), &queue, nullptr);
+  Await(queue);
   learner::v1::SubscribeSnapshotsRequest progress;
   progress.set_run(options_.run);
   progress.set_planner_id(options_.planner_id);
@@ -112,19 +130,26 @@ absl::Status SnapshotSubscriber::Subscribe() {
     if (const SnapshotVersion newest = Newest(); newest != SnapshotVersion{}) {
       *progress.mutable_serving_version() = ToProto(newest);
     }
-    stream->Write(progress);
+    stream->Write(progress, nullptr);
+    Await(queue);
   };
   report();
   SnapshotAssembler assembler;
   learner::v1::SubscribeSnapshotsResponse response;
+  const auto read = [&] {
+    stream->Read(&response, nullptr);
+    return Await(queue);
+  };
   absl::Status damaged;
-  while (damaged.ok() && stream->Read(&response)) {
+  while (damaged.ok() && read()) {
     const absl::StatusOr<bool> complete = assembler.Add(response.part());
     if (!complete.ok()) {
       damaged = Annotate(complete.status(), "snapshot from the learner");
+      options_.holder->Refuse(damaged, Said(response.part()));
       call.context()->TryCancel();
     } else if (*complete) {
       backoff_.Reset();
+      ended_ = absl::OkStatus();
       if (std::exchange(trouble_, "") != "") LogInfo("snapshots come from the learner again");
       const Store::Snapshot snapshot = assembler.Take();
       // A refused one is logged and counted by the holder; the answer tells the learner what is served instead.
@@ -132,8 +157,14 @@ absl::Status SnapshotSubscriber::Subscribe() {
       report();
     }
   }
-  const absl::Status ended = FromGrpc(stream->Finish());
-  return damaged.ok() ? ended : damaged;
+  grpc::Status ended;
+  stream->Finish(&ended, nullptr);
+  Await(queue);
+  if (!damaged.ok()) return damaged;
+  if (options_.clock->Now() - begin <= kStream) return FromGrpc(ended);
+  // Streams end when their connection is old enough: no trouble unless the next one fails, too.
+  backoff_.Reset();
+  return absl::OkStatus();
 }
 
 absl::StatusOr<SnapshotVersion> SnapshotSubscriber::AskVersion() {
@@ -171,6 +202,7 @@ absl::Status SnapshotSubscriber::AskReplay() {
   if (newest == refused_ && options_.clock->Now() < refused_until_) return absl::OkStatus();
   const absl::StatusOr<Store::Snapshot> fetched = Fetch();
   bool refused = absl::IsDataLoss(fetched.status()) || absl::IsInvalidArgument(fetched.status());  // its parts are damaged
+  if (refused) options_.holder->Refuse(fetched.status(), newest);
   if (fetched.ok()) {
     // A refused one is logged and counted by the holder.
     const absl::Status loaded = options_.holder->Load(fetched->file, fetched->version);

@@ -6,6 +6,7 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
@@ -20,8 +21,9 @@ namespace orrery {
 
 // One thread that holds a subscription at the learner, loads what comes and answers with the newest that is loaded: the one
 // served, unless a rollback holds another, so that nothing waits for a planner that is held. While no learner answers, it asks
-// replay for the newest snapshot and goes on trying, with growing waits; one of replay's that was refused is fetched again only
-// after kRefusedPause. Thread-safe.
+// replay for the newest snapshot and goes on trying, with growing waits; while one answers but sends nothing (it waits for its
+// lease, say) and nothing is loaded, it asks replay every poll_interval. A snapshot of replay's that was refused is fetched
+// again only after kRefusedPause. Thread-safe.
 class SnapshotSubscriber {
  public:
   struct Options {
@@ -31,7 +33,8 @@ class SnapshotSubscriber {
     std::shared_ptr<grpc::Channel> replay;   // may be null
     SnapshotHolder* holder = nullptr;        // required; must outlive this
     Clock* clock = &Clock::Real();           // must outlive this
-    absl::Duration poll_interval = absl::Seconds(2);  // between two looks at replay without a learner to subscribe to
+    // Between two looks at replay without a learner to subscribe to, or with one that sends nothing while nothing is loaded.
+    absl::Duration poll_interval = absl::Seconds(2);
   };
   // Starts the thread.
   explicit SnapshotSubscriber(Options options);
@@ -46,8 +49,10 @@ class SnapshotSubscriber {
   class Call;
 
   void Loop() ABSL_LOCKS_EXCLUDED(mu_);
-  // Returns when the stream has ended, with the reason.
+  // Returns when the stream has ended, with the reason; OK for one that had lasted and sent nothing damaged.
   absl::Status Subscribe();
+  // Until the operation of the stream that has begun is over; false: it failed. Asks replay meanwhile while nothing is loaded.
+  bool Await(grpc::CompletionQueue& queue);
   // Loads replay's snapshot if it is newer than the one served and was not refused a short time ago.
   absl::Status AskReplay();
   // Version of replay's newest snapshot; {0, 0}: it has none.
@@ -60,7 +65,7 @@ class SnapshotSubscriber {
   bool Wait(absl::Duration duration) ABSL_LOCKS_EXCLUDED(mu_);
   bool closed() const ABSL_LOCKS_EXCLUDED(mu_);
   // Logs when the source of snapshots goes away or comes back, not at every try.
-  void NoteTrouble(const absl::Status& learner, const absl::Status& replay);
+  void NoteTrouble(const absl::Status& replay);
 
   // Constant after construction.
   const Options options_;
@@ -69,13 +74,14 @@ class SnapshotSubscriber {
 
   // Of the thread.
   Backoff backoff_;
+  absl::Status ended_;  // how the last subscription did; OK once a snapshot has come
   std::string trouble_;
   SnapshotVersion refused_;                          // of replay's; {0, 0}: none
   absl::Time refused_until_ = absl::InfinitePast();  // before then it is not fetched again
 
   mutable absl::Mutex mu_;
   absl::CondVar woken_;
-  grpc::ClientContext* context_ ABSL_GUARDED_BY(mu_) = nullptr;  // of the running call
+  std::vector<grpc::ClientContext*> contexts_ ABSL_GUARDED_BY(mu_);  // of the running calls, one within the other
   bool closed_ ABSL_GUARDED_BY(mu_) = false;
   std::thread thread_;  // last: it uses all of the above
 };

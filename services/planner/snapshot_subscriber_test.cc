@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "absl/time/clock.h"
+#include "libs/base/log_testing.h"
 #include "libs/base/status_matchers.h"
 #include "libs/client/chunk_proto.h"
 #include "libs/serving/testing.h"
@@ -16,6 +17,8 @@ namespace orrery {
 namespace {
 
 using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::Not;
 
 // A learner that sends what the test says and writes down what planners report. It ends the stream at a nullopt.
 class FakeLearner : public learner::v1::LearnerService::Service {
@@ -76,11 +79,13 @@ class FakeLearner : public learner::v1::LearnerService::Service {
 // A replay that keeps one snapshot.
 class FakeReplay : public replay::v1::ReplayService::Service {
  public:
-  grpc::Status GetStats(grpc::ServerContext*, const replay::v1::GetStatsRequest* request,
+  grpc::Status GetStats(grpc::ServerContext* context, const replay::v1::GetStatsRequest* request,
                         replay::v1::GetStatsResponse* response) override {
     EXPECT_EQ(request->run(), "tiny");
     absl::MutexLock lock(&mu_);
     ++questions_;
+    if (away_) return grpc::Status(grpc::StatusCode::UNAVAILABLE, "replay is away");
+    while (hangs_ && !context->IsCancelled()) answers_.WaitWithTimeout(&mu_, absl::Milliseconds(10));
     if (snapshot_.has_value()) *response->mutable_snapshot_version() = ToProto(snapshot_->version);
     return grpc::Status::OK;
   }
@@ -111,9 +116,22 @@ class FakeReplay : public replay::v1::ReplayService::Service {
     auto enough = [this, questions]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) { return questions_ >= questions; };
     EXPECT_TRUE(mu_.AwaitWithTimeout(absl::Condition(&enough), absl::Seconds(30)));
   }
+  int questions() const {
+    absl::MutexLock lock(&mu_);
+    return questions_;
+  }
   int fetched() const {
     absl::MutexLock lock(&mu_);
     return fetched_;
+  }
+  // From now on it answers with an error, or not at all.
+  void GoAway() {
+    absl::MutexLock lock(&mu_);
+    away_ = true;
+  }
+  void Hang() {
+    absl::MutexLock lock(&mu_);
+    hangs_ = true;
   }
   // From now on parts say a checksum that is not theirs.
   void Damage() {
@@ -123,6 +141,9 @@ class FakeReplay : public replay::v1::ReplayService::Service {
 
  private:
   mutable absl::Mutex mu_;
+  absl::CondVar answers_;
+  bool away_ ABSL_GUARDED_BY(mu_) = false;
+  bool hangs_ ABSL_GUARDED_BY(mu_) = false;
   std::optional<Store::Snapshot> snapshot_ ABSL_GUARDED_BY(mu_);
   int questions_ ABSL_GUARDED_BY(mu_) = 0;
   int fetched_ ABSL_GUARDED_BY(mu_) = 0;
@@ -234,10 +255,41 @@ TEST_F(SnapshotSubscriberTest, ComesBackAfterTheLearnerWentAwayAndSaysWhatItServ
 }
 
 TEST_F(SnapshotSubscriberTest, ComesBackAfterDamagedParts) {
+  CapturedLog log("info");
   Start(true, false);
   learner_.Send(FakeLearner::Item{SnapshotOf(1), /*damaged=*/true});
   learner_.Send(FakeLearner::Item{SnapshotOf(1)});
   EXPECT_THAT(AwaitSwaps(1), ElementsAre(1));
+  EXPECT_EQ(Refused(), 1);
+  const std::string lines = log.Take();
+  EXPECT_THAT(lines, HasSubstr("snapshot refused version=1.1 serving=nothing error=\"DATA_LOSS: snapshot from the learner: "));
+  EXPECT_THAT(lines, HasSubstr("snapshots come from the learner again"));
+}
+
+TEST_F(SnapshotSubscriberTest, SaysOfDamagedPartsAfterALongStreamToo) {
+  CapturedLog log("warning");
+  options_.clock = &clock_;
+  Start(true, false);
+  learner_.Send(FakeLearner::Item{SnapshotOf(1)});
+  EXPECT_THAT(learner_.AwaitReports(2), ElementsAre(-1, 1));
+  clock_.Advance(absl::Hours(1));
+  learner_.Send(FakeLearner::Item{SnapshotOf(2), /*damaged=*/true});
+  clock_.AwaitWaiters(1);
+  EXPECT_EQ(Refused(), 1);
+  const std::string lines = log.Take();
+  EXPECT_THAT(lines, HasSubstr("snapshot refused version=1.2 serving=1.1 error=\"DATA_LOSS: snapshot from the learner: "));
+  EXPECT_THAT(lines, HasSubstr("no new snapshots for now, trying on learner=\"DATA_LOSS: snapshot from the learner: "));
+}
+
+TEST_F(SnapshotSubscriberTest, TheEndOfALongStreamIsNoTrouble) {
+  CapturedLog log("warning");
+  options_.clock = &clock_;
+  Start(true, false);
+  learner_.AwaitReports(1);
+  clock_.Advance(absl::Hours(1));
+  learner_.Send(std::nullopt);
+  clock_.AwaitWaiters(1);
+  EXPECT_EQ(log.Take(), "");
 }
 
 TEST_F(SnapshotSubscriberTest, WithoutALearnerTakesTheNewestFromReplayOnce) {
@@ -268,12 +320,16 @@ TEST_F(SnapshotSubscriberTest, FetchesARefusedSnapshotAgainOnlyAfterAPause) {
 }
 
 TEST_F(SnapshotSubscriberTest, FetchesASnapshotWithDamagedPartsAgainOnlyAfterAPause) {
+  CapturedLog log("warning");
   options_.clock = &clock_;
   replay_.Damage();
   replay_.Keep(SnapshotOf(5));
   Start(false, true);
   AwaitLooks(10, options_.poll_interval);
   EXPECT_EQ(replay_.fetched(), 1);
+  EXPECT_EQ(Refused(), 1);
+  EXPECT_THAT(log.Take(),
+              HasSubstr("snapshot refused version=1.5 serving=nothing error=\"DATA_LOSS: snapshot from replay: "));
 }
 
 TEST_F(SnapshotSubscriberTest, StartsFromReplayWhileTheLearnerIsAway) {
@@ -284,6 +340,36 @@ TEST_F(SnapshotSubscriberTest, StartsFromReplayWhileTheLearnerIsAway) {
   learner_.Send(FakeLearner::Item{SnapshotOf(7)});
   EXPECT_THAT(AwaitSwaps(2), ElementsAre(5, 7));
   EXPECT_EQ(replay_.fetched(), 1);
+}
+
+TEST_F(SnapshotSubscriberTest, StartsFromReplayWhileTheLearnerIsSilent) {
+  Start(true, true);
+  replay_.AwaitMoreQuestions(3);
+  EXPECT_EQ(holder_->Get(), nullptr);
+  replay_.Keep(SnapshotOf(5));
+  EXPECT_THAT(AwaitSwaps(1), ElementsAre(5));
+  for (int64_t counter : {7, 8}) learner_.Send(FakeLearner::Item{SnapshotOf(counter)});
+  EXPECT_THAT(learner_.AwaitReports(3), ElementsAre(-1, 7, 8)) << "in the same stream";
+  EXPECT_EQ(replay_.fetched(), 1);
+  const int questions = replay_.questions();
+  for (int64_t counter : {9, 10, 11}) learner_.Send(FakeLearner::Item{SnapshotOf(counter)});
+  learner_.AwaitReports(6);
+  EXPECT_EQ(replay_.questions(), questions) << "something is loaded: replay is left alone";
+}
+
+TEST_F(SnapshotSubscriberTest, TroubleWithReplayKeepsNoSnapshotOfTheLearnersAway) {
+  CapturedLog log("info");
+  replay_.GoAway();
+  Start(true, true);
+  EXPECT_THAT(learner_.AwaitReports(1), ElementsAre(-1));
+  replay_.AwaitMoreQuestions(3);
+  learner_.Send(FakeLearner::Item{SnapshotOf(7)});
+  EXPECT_THAT(learner_.AwaitReports(2), ElementsAre(-1, 7));
+  const std::string lines = log.Take();
+  const std::string trouble = "no new snapshots for now, trying on replay=\"UNAVAILABLE: replay is away\"";
+  const size_t found = lines.find(trouble);
+  ASSERT_NE(found, std::string::npos) << lines;
+  EXPECT_THAT(lines.substr(found + trouble.size()), Not(HasSubstr(trouble))) << "once";
 }
 
 TEST_F(SnapshotSubscriberTest, WaitsWhileReplayHasNoneYet) {
@@ -300,6 +386,15 @@ TEST_F(SnapshotSubscriberTest, EndsAtOnceWhileAStreamIsOpen) {
   const absl::Time begin = absl::Now();
   subscriber_.reset();
   EXPECT_LT(absl::Now() - begin, absl::Seconds(10));
+}
+
+TEST_F(SnapshotSubscriberTest, EndsAtOnceWhileReplayDoesNotAnswerBesideAnOpenStream) {
+  replay_.Hang();
+  Start(true, true);
+  replay_.AwaitQuestions(1);
+  const absl::Time begin = absl::Now();
+  subscriber_.reset();
+  EXPECT_LT(absl::Now() - begin, absl::Seconds(4)) << "replay's deadline is 5 s";
 }
 
 }  // namespace
