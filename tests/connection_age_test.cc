@@ -1,8 +1,13 @@
 // Servers that ask their clients to connect anew all the time: no call and no episode may fail of it.
+#include <arpa/inet.h>
 #include <gmock/gmock.h>
 #include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
+#include <map>
 #include <memory>
 #include <set>
 #include <string>
@@ -54,12 +59,89 @@ class SlowPlanner : public planner::v1::PlannerService::Service {
   std::set<std::string> connections_ ABSL_GUARDED_BY(mu_);
 };
 
+// A DNS server that has the same IPv4 addresses for every name, and no others.
+class NameServer {
+ public:
+  NameServer() : fd_(socket(AF_INET, SOCK_DGRAM, 0)) {
+    address_.sin_family = AF_INET;
+    address_.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    socklen_t size = sizeof(address_);
+    EXPECT_EQ(bind(fd_, Address(), size), 0);
+    EXPECT_EQ(getsockname(fd_, Address(), &size), 0);
+    thread_ = std::thread([this] { Run(); });
+  }
+  ~NameServer() {
+    sendto(fd_, "", 0, 0, Address(), sizeof(address_));  // ends the thread
+    thread_.join();
+    close(fd_);
+  }
+  std::string Target(const std::string& name, int port) const {
+    return absl::StrCat("dns://127.0.0.1:", ntohs(address_.sin_port), "/", name, ":", port);
+  }
+  void SetAddresses(std::vector<std::string> addresses) {
+    absl::MutexLock lock(&mu_);
+    addresses_ = std::move(addresses);
+  }
+  // Questions about `name` so far.
+  int asked(const std::string& name) const {
+    absl::MutexLock lock(&mu_);
+    const auto found = asked_.find(name);
+    return found == asked_.end() ? 0 : found->second;
+  }
+
+ private:
+  sockaddr* Address() { return reinterpret_cast<sockaddr*>(&address_); }
+
+  void Run() {
+    while (true) {
+      std::string question(512, '\0');
+      sockaddr_in from{};
+      socklen_t size = sizeof(from);
+      const ssize_t bytes = recvfrom(fd_, question.data(), question.size(), 0, reinterpret_cast<sockaddr*>(&from), &size);
+      if (bytes <= 0) return;
+      question.resize(static_cast<size_t>(bytes));
+      const std::string answer = Answer(question);
+      sendto(fd_, answer.data(), answer.size(), 0, reinterpret_cast<sockaddr*>(&from), size);
+    }
+  }
+
+  // RFC 1035: a header of 12 bytes, the question, and one record for each address.
+  std::string Answer(const std::string& question) {
+    std::string name;
+    size_t end = 12;
+    for (size_t length; (length = static_cast<unsigned char>(question.at(end))) > 0; end += 1 + length) {
+      absl::StrAppend(&name, name.empty() ? "" : ".", question.substr(end + 1, length));
+    }
+    const std::string type = question.substr(end + 1, 2), kind_a("\0\1", 2);
+    absl::MutexLock lock(&mu_);
+    ++asked_[name];
+    const std::vector<std::string> addresses = type == kind_a ? addresses_ : std::vector<std::string>();
+    std::string answer = question.substr(0, 2) + std::string("\x81\x80\0\1\0", 5) + static_cast<char>(addresses.size()) +
+                         std::string(4, '\0') + question.substr(12, end + 5 - 12);
+    for (const std::string& address : addresses) {
+      in_addr ip{};
+      EXPECT_EQ(inet_pton(AF_INET, address.c_str(), &ip), 1);
+      // The name of the question, type A, class IN, to be forgotten at once, four bytes.
+      answer += std::string("\xc0\x0c\0\1\0\1\0\0\0\0\0\4", 12) + std::string(reinterpret_cast<const char*>(&ip), 4);
+    }
+    return answer;
+  }
+
+  const int fd_;
+  sockaddr_in address_{};
+  mutable absl::Mutex mu_;
+  std::vector<std::string> addresses_ ABSL_GUARDED_BY(mu_);
+  std::map<std::string, int> asked_ ABSL_GUARDED_BY(mu_);
+  std::thread thread_;
+};
+
 class ConnectionAgeTest : public ::testing::Test {
  protected:
-  std::unique_ptr<ServiceHost> Serve(std::vector<grpc::Service*> services, absl::Duration age, absl::Duration grace) {
+  std::unique_ptr<ServiceHost> Serve(std::vector<grpc::Service*> services, absl::Duration age, absl::Duration grace,
+                                     const std::string& listen = "127.0.0.1:0") {
     HostOptions options;
     options.name = "test";
-    options.listen = "127.0.0.1:0";
+    options.listen = listen;
     options.registry = std::make_shared<prometheus::Registry>();
     options.services = std::move(services);
     options.max_connection_age = age;
@@ -85,21 +167,23 @@ planner::v1::ActRequest OneSlot() {
   return request;
 }
 
+// One call, without the retries of PlannerClient: nothing is to be retried.
+void ExpectAnswer(planner::v1::PlannerService::Stub& stub) {
+  grpc::ClientContext context;
+  context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(60)));
+  planner::v1::ActResponse response;
+  const grpc::Status status = stub.Act(&context, OneSlot(), &response);
+  ASSERT_TRUE(status.ok()) << status.error_code() << " " << status.error_message();
+}
+
 TEST_F(ConnectionAgeTest, CallsOutliveTheirConnections) {
   const auto host = Serve({&planner_}, absl::Milliseconds(50), absl::Seconds(30));
   const std::shared_ptr<grpc::Channel> channel = Connect(*host);
   std::vector<std::thread> threads;
   for (int t = 0; t < 4; ++t) {
     threads.emplace_back([&] {
-      // Without the retries of PlannerClient: nothing is to be retried.
       const auto stub = planner::v1::PlannerService::NewStub(channel);
-      while (planner_.connections() < 20) {
-        grpc::ClientContext context;
-        context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(60)));
-        planner::v1::ActResponse response;
-        const grpc::Status status = stub->Act(&context, OneSlot(), &response);
-        ASSERT_TRUE(status.ok()) << status.error_code() << " " << status.error_message();
-      }
+      while (planner_.connections() < 20 && !HasFatalFailure()) ExpectAnswer(*stub);
     });
   }
   for (std::thread& thread : threads) thread.join();
@@ -110,6 +194,45 @@ TEST_F(ConnectionAgeTest, WithoutALimitOneConnectionServes) {
   PlannerClient client(Connect(*host));
   for (int i = 0; i < 50; ++i) EXPECT_OK(client.Act(OneSlot(), absl::Now() + absl::Seconds(60)));
   EXPECT_EQ(planner_.connections(), 1u);
+}
+
+// A name gets a second address, as that of a headless service does when a replica is added. The client whose connections age
+// looks the name up again and calls both replicas, and no call fails on the way. The client whose connection stays does not:
+// so it is the age that brings the calls. gRPC looks a name up every 30 s at most: that is how long this takes.
+TEST_F(ConnectionAgeTest, ANewReplicaGetsCallsOfAnOldClient) {
+  NameServer names;
+  names.SetAddresses({"127.0.0.1"});
+  SlowPlanner added, lasting, lasting_added;
+  const absl::Duration age = absl::Milliseconds(500), grace = absl::Seconds(30), never = absl::InfiniteDuration();
+  const auto host = Serve({&planner_}, age, grace), lasting_host = Serve({&lasting}, never, grace);
+  ASSERT_OK_AND_ASSIGN(const auto channel, MakeChannel(names.Target("ageing.test", host->port())));
+  ASSERT_OK_AND_ASSIGN(const auto lasting_channel, MakeChannel(names.Target("lasting.test", lasting_host->port())));
+  const auto stub = planner::v1::PlannerService::NewStub(channel);
+  const auto lasting_stub = planner::v1::PlannerService::NewStub(lasting_channel);
+  ASSERT_NO_FATAL_FAILURE(ExpectAnswer(*stub));
+  ASSERT_NO_FATAL_FAILURE(ExpectAnswer(*lasting_stub));
+  const int asked = names.asked("ageing.test"), lasting_asked = names.asked("lasting.test");
+  ASSERT_GT(asked, 0);
+  ASSERT_GT(lasting_asked, 0);
+
+  const auto added_host = Serve({&added}, age, grace, absl::StrCat("127.0.0.2:", host->port()));
+  const auto lasting_added_host = Serve({&lasting_added}, never, grace, absl::StrCat("127.0.0.2:", lasting_host->port()));
+  names.SetAddresses({"127.0.0.1", "127.0.0.2"});
+  const absl::Time deadline = absl::Now() + absl::Seconds(120);
+  while (added.connections() == 0) {
+    ASSERT_LT(absl::Now(), deadline) << "asked " << names.asked("ageing.test") - asked << " times for the name again";
+    ASSERT_NO_FATAL_FAILURE(ExpectAnswer(*stub));
+    ASSERT_NO_FATAL_FAILURE(ExpectAnswer(*lasting_stub));
+  }
+  // From now on both are called.
+  const size_t first = planner_.connections();
+  while (added.connections() < 3 || planner_.connections() < first + 3) {
+    ASSERT_LT(absl::Now(), deadline);
+    ASSERT_NO_FATAL_FAILURE(ExpectAnswer(*stub));
+  }
+  EXPECT_EQ(lasting.connections(), 1u);
+  EXPECT_EQ(lasting_added.connections(), 0u);
+  EXPECT_EQ(names.asked("lasting.test"), lasting_asked);
 }
 
 // A server ends a connection at the third ping that it finds too early; clients ping every 10 s, also without a call.

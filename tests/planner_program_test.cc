@@ -1,24 +1,33 @@
 // The programs orrery-planner, with several models, and `orrery planner`.
 #include <gmock/gmock.h>
+#include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
 #include <signal.h>
 #include <torch/torch.h>
 
+#include <algorithm>
+#include <atomic>
+#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
+#include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "libs/base/file.h"
 #include "libs/base/status_matchers.h"
 #include "libs/base/testing.h"
+#include "libs/client/channel.h"
 #include "libs/replay/testing/child_process.h"
 #include "libs/serving/testing.h"
 #include "libs/telemetry/service_host.h"
+#include "libs/tensors/tensors.h"
+#include "orrery/planner/v1/planner.grpc.pb.h"
 #include "services/planner/planner_service_impl.h"
 #include "tests/process.h"
 #include "tools/orrery/program_testing.h"
@@ -154,6 +163,111 @@ TEST(PlannerProgram, ServesSeveralModelsFromFiles) {
   EXPECT_EQ(answered("first"), evaluated[0]["rows"][0].get<int>() - 1) << "one answer a decision";
   EXPECT_EQ(answered("second"), loaded);
   EXPECT_THAT(Orrery("eval --env=point_pixels --model=third" + flag).output, HasSubstr("model \"third\" is not served here"));
+  planner.Signal(SIGTERM);
+  EXPECT_EQ(planner.Wait(absl::Seconds(60)), 0) << planner.Log();
+}
+
+// Agents that ask one after the other, without the retries of PlannerClient.
+class Crowd {
+ public:
+  Crowd(std::shared_ptr<grpc::Channel> channel, int agents)
+      : stub_(planner::v1::PlannerService::NewStub(std::move(channel))) {
+    for (int i = 0; i < agents; ++i) threads_.emplace_back([this, i] { Run(i); });
+  }
+  ~Crowd() { Finish(); }
+  // The number of answers by their code.
+  std::map<grpc::StatusCode, int> answers() const {
+    absl::MutexLock lock(&mu_);
+    return answers_;
+  }
+  std::map<grpc::StatusCode, int> Finish() {
+    finished_ = true;
+    for (std::thread& thread : threads_) thread.join();
+    threads_.clear();
+    return answers();
+  }
+  grpc::Status Ask(int agent) {
+    planner::v1::ActRequest request;
+    request.set_client_id(absl::StrCat("agent-", agent));
+    planner::v1::Slot& slot = *request.add_slots();
+    for (const auto& [name, array] : TinyObservation(static_cast<uint64_t>(agent))) {
+      common::v1::NamedTensor& observation = *slot.add_observations();
+      observation.set_name(name);
+      *observation.mutable_tensor() = ToProto(array);
+    }
+    grpc::ClientContext context;
+    context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(120)));
+    planner::v1::ActResponse response;
+    const grpc::Status status = stub_->Act(&context, request, &response);
+    EXPECT_EQ(response.results_size(), status.ok() ? 1 : 0);
+    absl::MutexLock lock(&mu_);
+    ++answers_[status.error_code()];
+    return status;
+  }
+
+ private:
+  void Run(int agent) {
+    while (!finished_) {
+      const grpc::Status status = Ask(agent);
+      if (status.ok()) continue;
+      EXPECT_EQ(status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED) << status.error_message();
+      absl::SleepFor(absl::Milliseconds(1));
+    }
+  }
+
+  const std::unique_ptr<planner::v1::PlannerService::Stub> stub_;
+  mutable absl::Mutex mu_;
+  std::map<grpc::StatusCode, int> answers_ ABSL_GUARDED_BY(mu_);
+  std::atomic<bool> finished_ = false;
+  std::vector<std::thread> threads_;
+};
+
+// Sixteen agents, of which batch and queue hold six.
+TEST(PlannerProgram, RefusesWhatDoesNotFitAndServesTheRest) {
+  constexpr int kMaxQueue = 4;
+  const TempDir dir;
+  config::v1::Planner plan = TinyPlanner();
+  plan.mutable_cem()->set_candidates(1000);
+  ASSERT_OK(WriteFileAtomically(dir / "snapshot.safetensors", TinySnapshot(1, 1, TinyModel(), plan)));
+  ASSERT_OK(WriteFileAtomically(dir / "config.textproto",
+                                absl::StrCat("name: \"overload\" environment { task: \"point_pixels\" image_size: 32 } "
+                                             "learning { schedule: ALTERNATE } "
+                                             "planner_service { max_batch: 2 max_queue: ", kMaxQueue, " }")));
+  const int port = FreePort().value(), metrics = FreePort().value();
+  Process planner({absl::StrCat(ORRERY_BIN_DIR, "/orrery-planner"), absl::StrCat("--config=", dir / "config.textproto"),
+                   absl::StrCat("--model=tiny=file:", dir / "snapshot.safetensors"), "--threads=1",
+                   absl::StrCat("--listen=127.0.0.1:", port), "--health_listen=127.0.0.1:0",
+                   absl::StrCat("--metrics_listen=127.0.0.1:", metrics)},
+                  dir / "planner.log");
+  const auto metric = [metrics](const std::string& name) { return MetricValue(HttpGet(metrics, "/metrics"), name); };
+  const absl::Time deadline = absl::Now() + absl::Seconds(200);
+  while (metric("orrery_planner_snapshot_version{model=\"tiny\"}") != 1) {
+    ASSERT_LT(absl::Now(), deadline) << planner.Log();
+    absl::SleepFor(absl::Milliseconds(20));
+  }
+
+  ASSERT_OK_AND_ASSIGN(const auto channel, MakeChannel(absl::StrCat("127.0.0.1:", port)));
+  Crowd crowd(channel, 16);
+  double deepest = 0;
+  for (int samples = 0; samples < 100 || deepest == 0 || crowd.answers()[grpc::StatusCode::OK] < 100 ||
+                        crowd.answers()[grpc::StatusCode::RESOURCE_EXHAUSTED] < 100;) {
+    ASSERT_LT(absl::Now(), deadline) << "deepest queue " << deepest << "\n" << planner.Log();
+    const double depth = metric("orrery_planner_queue_depth");
+    ASSERT_LE(depth, kMaxQueue);
+    if (depth >= 0) ++samples;
+    deepest = std::max(deepest, depth);
+  }
+  std::map<grpc::StatusCode, int> answers = crowd.Finish();
+  EXPECT_THAT(answers, SizeIs(2)) << "OK and RESOURCE_EXHAUSTED, nothing else";
+  EXPECT_TRUE(planner.Running()) << planner.Log();
+  EXPECT_EQ(metric("orrery_planner_queue_depth"), 0);
+  EXPECT_EQ(metric("orrery_planner_requests_total{code=\"OK\",model=\"tiny\"}"), answers[grpc::StatusCode::OK]);
+  EXPECT_EQ(metric("orrery_planner_requests_total{code=\"RESOURCE_EXHAUSTED\",model=\"tiny\"}"),
+            answers[grpc::StatusCode::RESOURCE_EXHAUSTED]);
+  for (int i = 0; i < 3; ++i) {
+    const grpc::Status status = crowd.Ask(i);
+    EXPECT_TRUE(status.ok()) << status.error_message();
+  }
   planner.Signal(SIGTERM);
   EXPECT_EQ(planner.Wait(absl::Seconds(60)), 0) << planner.Log();
 }

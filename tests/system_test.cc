@@ -13,12 +13,14 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "libs/base/file.h"
+#include "libs/base/status.h"
 #include "libs/base/status_matchers.h"
 #include "libs/base/testing.h"
 #include "libs/client/channel.h"
@@ -94,24 +96,67 @@ class Witness {
   std::thread thread_;
 };
 
-// Ten rows as an actor would send them.
-Chunk ProbeChunk(const ReplayClient::Episode& episode, uint64_t specification_hash, int64_t first_row) {
+// Rows as an actor would send them.
+Chunk ProbeChunk(const ReplayClient::Episode& episode, uint64_t specification_hash, int64_t first_row, int64_t rows = 10) {
   ArrayMap fields;
-  fields["image"] = Array::Zeros(DType::kUInt8, {10, 32, 32, 3});
+  fields["image"] = Array::Zeros(DType::kUInt8, {rows, 32, 32, 3});
   fields["image"].bytes[5] = static_cast<char>(first_row);
-  fields[kAction] = Array::Zeros(DType::kFloat32, {10, 2});
-  fields[kReward] = Array::Zeros(DType::kFloat32, {10});
-  fields[kIsFirst] = Array::Zeros(DType::kUInt8, {10});
+  fields[kAction] = Array::Zeros(DType::kFloat32, {rows, 2});
+  fields[kReward] = Array::Zeros(DType::kFloat32, {rows});
+  fields[kIsFirst] = Array::Zeros(DType::kUInt8, {rows});
   fields[kIsFirst].bytes[0] = first_row == 0;
-  fields[kIsTerminal] = Array::Zeros(DType::kUInt8, {10});
+  fields[kIsTerminal] = Array::Zeros(DType::kUInt8, {rows});
   Chunk chunk{episode.assignment.run_id, {}, EncodeRows(fields).value()};
   chunk.info.key = {episode.assignment.episode_id, first_row};
-  chunk.info.rows = 10;
+  chunk.info.rows = rows;
   chunk.info.mode = episode.assignment.mode;
   chunk.info.specification_hash = specification_hash;
   chunk.info.payload_bytes = static_cast<int64_t>(chunk.payload.size());
   return chunk;
 }
+
+// Appends chunks of one row, one after the other, and remembers those that it was told are stored.
+class ProbeWriter {
+ public:
+  ProbeWriter(std::shared_ptr<grpc::Channel> channel, ReplayClient::Episode episode, uint64_t specification_hash)
+      : writer_(ReplayWriter::Create(std::move(channel), "system_test", {})),
+        thread_([this, episode = std::move(episode), specification_hash] { Run(episode, specification_hash); }) {}
+  ~ProbeWriter() { Finish().IgnoreError(); }
+  size_t acknowledged() const {
+    absl::MutexLock lock(&mu_);
+    return acknowledged_.size();
+  }
+  // All that was acknowledged, or what ended the writing.
+  absl::StatusOr<std::map<ChunkKey, std::string>> Finish() {
+    finished_ = true;
+    if (thread_.joinable()) thread_.join();
+    RETURN_IF_ERROR(status_);
+    absl::MutexLock lock(&mu_);
+    return acknowledged_;
+  }
+
+ private:
+  void Run(const ReplayClient::Episode& episode, uint64_t specification_hash) {
+    for (int64_t row = 0; !finished_; ++row) {
+      const Chunk chunk = ProbeChunk(episode, specification_hash, row, /*rows=*/1);
+      status_ = writer_->Append(chunk, absl::Now() + absl::Seconds(120));
+      if (status_.ok()) status_ = writer_->Flush(absl::Now() + absl::Seconds(120));
+      if (!status_.ok()) return;
+      {
+        absl::MutexLock lock(&mu_);
+        acknowledged_[chunk.info.key] = chunk.payload;
+      }
+      absl::SleepFor(absl::Milliseconds(100));
+    }
+  }
+
+  mutable absl::Mutex mu_;
+  std::map<ChunkKey, std::string> acknowledged_ ABSL_GUARDED_BY(mu_);
+  std::atomic<bool> finished_ = false;
+  absl::Status status_;  // of the thread
+  const std::unique_ptr<ReplayWriter> writer_;
+  std::thread thread_;
+};
 
 // A client of the planner, with retries: one agent that sees black pictures.
 class Player {
@@ -227,7 +272,7 @@ class SystemTest : public ::testing::Test {
     });
   }
 
-  // Everything that was ever visible is in Redis, read by a store that no service had open.
+  // Everything that was ever visible or acknowledged is in Redis, read by a store that no service had open.
   void ExpectAllInRedis(const std::map<ChunkKey, std::string>& seen) {
     for (auto& [name, process] : processes_) process->Kill();
     ASSERT_OK_AND_ASSIGN(auto store, OpenStore({redis_->url(), "system_test", 4, absl::Seconds(5)}));
@@ -276,26 +321,39 @@ TEST_F(SystemTest, LearnsAndSurvivesTheDeathOfEveryService) {
   ExpectAllInRedis(witness.chunks());
 }
 
-// Every service is restarted while all others work. A client that retries notices nothing, and nothing is lost.
+// Every service is restarted while all others work. A client that retries notices nothing, and nothing is lost: neither what
+// was visible nor what a writer was told is stored.
 TEST_F(SystemTest, RollingRestartsUnderLoadFailNobody) {
   StartOthers(4);
   Witness witness(replay_channel_, "system_test");
   ASSERT_TRUE(MakesProgress(absl::Seconds(120))) << Stats().DebugString();
   Player player(Address("planner"));
+  ASSERT_OK_AND_ASSIGN(auto environment, MakeEnvironment({.task = "point_pixels", .image_size = 32}));
+  const uint64_t hash = Hash(environment->spec());
+  ASSERT_OK_AND_ASSIGN(auto episode, client_->BeginEpisode("probe", hash, absl::Now() + absl::Seconds(120)));
+  ASSERT_TRUE(episode.has_value());
+  // Rows of an episode whose lease has run out are stored but not counted: MakesProgress sees those of the actors only.
+  absl::SleepFor(absl::Seconds(episode->lease_seconds + 1));
+  ProbeWriter writer(replay_channel_, *episode, hash);
   for (const char* name : {"replay", "planner", "learner", "actor-0", "actor-1", "actor-2", "actor-3"}) {
     SCOPED_TRACE(name);
     processes_[name]->Signal(SIGTERM);
     ASSERT_EQ(processes_[name]->Wait(absl::Seconds(20)), 0) << processes_[name]->Log();
     Start(name);
     const int64_t answers = player.answers();
+    const size_t acknowledged = writer.acknowledged();
     ASSERT_TRUE(MakesProgress(absl::Seconds(120))) << Stats().DebugString();
     ASSERT_TRUE(Eventually(absl::Seconds(30), [&] { return player.answers() > answers; }));
+    ASSERT_TRUE(Eventually(absl::Seconds(120), [&] { return writer.acknowledged() >= acknowledged + 3; }))
+        << writer.Finish().status();
   }
   EXPECT_EQ(player.Finish(), std::vector<std::string>());
+  ASSERT_OK_AND_ASSIGN(const auto acknowledged, writer.Finish());
   for (int i = 0; i < 4; ++i) {
     EXPECT_THAT(processes_[absl::StrCat("actor-", i)]->Log(), ::testing::Not(::testing::HasSubstr("episode dropped")));
   }
   ExpectAllInRedis(witness.chunks());
+  ExpectAllInRedis(acknowledged);
 }
 
 // ORRERY_LOAD_ACTORS=64 is the long form: four times what a batch holds, and twice what batch and queue hold together.
