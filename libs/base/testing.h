@@ -1,6 +1,7 @@
 // Helpers for tests only.
 #pragma once
 
+#include <dlfcn.h>
 #include <gtest/gtest.h>
 
 #include <cstdlib>
@@ -28,6 +29,12 @@ class TempDir {
  private:
   std::string path_;
 };
+
+// Threads that OpenMP would use for what the calling thread computes next; 0 where no OpenMP is loaded.
+inline int OpenMpThreads() {
+  const auto threads = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "omp_get_max_threads"));
+  return threads != nullptr ? threads() : 0;
+}
 
 // A file of the repository's tests, by its path from the root.
 inline std::string SourceFile(const std::string& path) { return std::string(ORRERY_SOURCE_DIR) + "/" + path; }

@@ -9,6 +9,7 @@
 #include "libs/base/status.h"
 #include "libs/client/channel.h"
 #include "libs/telemetry/metrics.h"
+#include "libs/world_model/parallel_rows.h"
 
 namespace orrery {
 namespace {
@@ -115,6 +116,7 @@ absl::Status Learner::Resume() {
 }
 
 absl::Status Learner::Run() {
+  UseTorchThreads();
   if (!leads()) return Follow();
   RETURN_IF_ERROR(Acquire());
   // Another learner may have gone on, and written checkpoints, while this one waited to become the learner.

@@ -216,6 +216,18 @@ TEST_F(LearnerTest, AlternatePublishesEachBlockBeforeItIsReported) {
   EXPECT_DOUBLE_EQ(Metric("orrery_learner_updates_per_env_step"), 6.0 / kRows);
 }
 
+// The thread that learns is not the one that set the number of threads.
+TEST_F(LearnerTest, UsesTheThreadsOfLibTorchThatWereSet) {
+  torch::set_num_threads(5);
+  int threads = 0;
+  Learner::Options options = Options(std::make_shared<FakeReplay>(2, 1));
+  options.on_update = [&](const Learner::UpdateReport&) { threads = OpenMpThreads(); };
+  ASSERT_OK_AND_ASSIGN(const std::unique_ptr<Learner> learner, Learner::Create(std::move(options)));
+  std::thread([&] { EXPECT_OK(learner->Run()); }).join();
+  torch::set_num_threads(1);
+  EXPECT_EQ(threads, 5);
+}
+
 TEST_F(LearnerTest, ResumedLearningIsTheSameBitByBit) {
   auto straight = std::make_shared<FakeReplay>(8, 4);
   ASSERT_OK(Learner::Create(Options(straight)).value()->Run());

@@ -12,6 +12,7 @@
 #include "libs/base/status.h"
 #include "libs/replay/chunk_codec.h"
 #include "libs/tensors/tensors.h"
+#include "libs/world_model/parallel_rows.h"
 
 namespace orrery {
 namespace {
@@ -240,6 +241,7 @@ MirroredSource::~MirroredSource() {
 }
 
 void MirroredSource::Work() {
+  UseTorchThreads();
   while (true) {
     {
       absl::MutexLock lock(&mu_);

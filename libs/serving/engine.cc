@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <iterator>
 #include <map>
 #include <utility>
 
@@ -16,6 +15,7 @@
 #include "libs/config/config.h"
 #include "libs/device/captured_step.h"
 #include "libs/tensors/tensors.h"
+#include "libs/world_model/parallel_rows.h"
 
 namespace orrery {
 namespace {
@@ -315,21 +315,35 @@ InferenceEngine::InferenceEngine(torch::Device device, std::shared_ptr<prometheu
 absl::StatusOr<Outputs> InferenceEngine::Run(const ServedModel& served, absl::Span<const SlotInput* const> slots) const {
   return CatchExceptions("inference", [&]() -> absl::StatusOr<Outputs> {
     const auto begin = std::chrono::steady_clock::now();
-    c10::InferenceMode inference;
-    // Products of other shapes round differently.
-    const size_t together = device_.is_cpu() ? 1 : slots.size();
-    Outputs outputs;
-    outputs.reserve(slots.size());
-    for (size_t first = 0; first < slots.size(); first += together) {
-      ASSIGN_OR_RETURN(Outputs some, Compute(served, slots.subspan(first, together)));
-      std::move(some.begin(), some.end(), std::back_inserter(outputs));
+    absl::StatusOr<Outputs> outputs = device_.is_cpu() ? ComputeApart(served, slots) : Compute(served, slots);
+    if (outputs.ok()) {
+      compute_seconds_.Observe(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
     }
-    compute_seconds_.Observe(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
     return outputs;
   });
 }
 
+absl::StatusOr<Outputs> InferenceEngine::ComputeApart(const ServedModel& served,
+                                                      absl::Span<const SlotInput* const> slots) const {
+  std::vector<absl::StatusOr<Outputs>> apart(slots.size());
+  const auto compute = [&](int64_t i) { apart[i] = Compute(served, slots.subspan(i, 1)); };
+  if (served.workers != nullptr) {
+    served.workers->RunWhole(std::ssize(slots), compute);
+  } else {
+    for (int64_t i = 0; i < std::ssize(slots); ++i) compute(i);
+  }
+  Outputs outputs;
+  outputs.reserve(slots.size());
+  for (absl::StatusOr<Outputs>& one : apart) {
+    RETURN_IF_ERROR(one.status());
+    outputs.push_back(std::move((*one)[0]));
+  }
+  return outputs;
+}
+
 absl::StatusOr<Outputs> InferenceEngine::Compute(const ServedModel& served, absl::Span<const SlotInput* const> slots) const {
+  UseTorchThreads();
+  c10::InferenceMode inference;
   const WorldModel& model = *served.model;
   ASSIGN_OR_RETURN(BatchTensors batch, MakeTensors(served, slots, device_, belief_lag_));
   const Predicted predicted = model.Predict(batch.belief, batch.action);
@@ -366,7 +380,6 @@ absl::Status InferenceEngine::WarmUp(const ServedModel& served, const WarmUps& w
     kinds[1].valid_actions.assign(static_cast<size_t>(served.model->action_size()), 1);
   }
   return CatchExceptions("inference", [&]() -> absl::Status {
-    c10::InferenceMode inference;
     for (const SlotInput& slot : kinds) {
       for (const int64_t size : warm_ups.sizes) {
         const std::vector<const SlotInput*> slots(static_cast<size_t>(size), &slot);

@@ -8,11 +8,13 @@
 #include <memory>
 #include <set>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "libs/base/status_matchers.h"
+#include "libs/base/testing.h"
 #include "libs/serving/snapshot_holder.h"
 #include "libs/serving/testing.h"
 
@@ -88,6 +90,41 @@ TEST_F(EngineTest, AnswersASlotInABatchAsAloneToTheLastBit) {
     }
     for (size_t i = 0; i < slots.size(); ++i) slots[i] = NextSlot(*together[i], 100 * (i + 1) + static_cast<uint64_t>(round));
   }
+}
+
+// A slot that is computed beside others on one thread, or alone by all of them.
+TEST_F(EngineTest, AnswersTheSameWithAnyNumberOfThreads) {
+  std::vector<SlotInput> slots;
+  for (uint64_t i = 0; i < 7; ++i) slots.push_back(NewSlot(i));
+  slots[6].exploration_noise = 0.5f;
+  std::vector<Outputs> answers;
+  for (const int threads : {0, 1, 2, 3}) {
+    SnapshotHolder::Options options = HolderOptions(std::make_shared<prometheus::Registry>());
+    if (threads > 0) options.workers = std::make_shared<RowWorkers>(threads);
+    SnapshotHolder holder(options);
+    ASSERT_OK(holder.Load(TinySnapshot(1)));
+    served_ = holder.Get();
+    answers.push_back(Run(slots));
+    ASSERT_THAT(answers.back(), SizeIs(7));
+    for (size_t i = 0; i < slots.size(); ++i) {
+      ASSERT_OK(answers.back()[i]);
+      EXPECT_EQ(answers.back()[i]->action, answers[0][i]->action) << i << " with " << threads;
+      EXPECT_EQ(answers.back()[i]->belief, answers[0][i]->belief) << i << " with " << threads;
+    }
+  }
+}
+
+// OpenMP's helpers of a thread that computes would take the processors from the workers.
+TEST_F(EngineTest, UsesTheThreadsOfLibTorchThatWereSetOnEveryThread) {
+  Serve(TinySnapshot(1));
+  torch::set_num_threads(5);
+  int threads = 0;
+  std::thread([&] {
+    EXPECT_OK(Run({NewSlot(1)})[0]);
+    threads = OpenMpThreads();
+  }).join();
+  torch::set_num_threads(1);
+  EXPECT_EQ(threads, 5);
 }
 
 TEST_F(EngineTest, KeepsTheOrderOfManySlots) {

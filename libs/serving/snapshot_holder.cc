@@ -41,6 +41,7 @@ absl::StatusOr<std::shared_ptr<const ServedModel>> SnapshotHolder::Build(absl::s
     served->structure_hash = parsed.model->StructureHash();
     ASSIGN_OR_RETURN(served->planner, MakePlanner(served->info.planner, parsed.model->config()));
     served->model = std::move(parsed.model);
+    served->workers = options_.workers;
     return std::shared_ptr<const ServedModel>(std::move(served));
   });
 }

@@ -87,13 +87,28 @@ variable_list ParallelRowsFunction::backward(AutogradContext* ctx, const variabl
 
 }  // namespace
 
-RowWorkers::RowWorkers(int threads) : helpers_(threads - 1), pool_(std::max(1, threads - 1)) {}
+void UseTorchThreads() {
+  thread_local const bool done = [] {
+    at::init_num_threads();
+    return true;
+  }();
+  (void)done;
+}
+
+RowWorkers::RowWorkers(int threads)
+    : helpers_(threads - 1), pool_(std::max(1, threads - 1), /*numa_node_id=*/-1, UseTorchThreads) {}
 
 void RowWorkers::Run(int64_t tasks, const std::function<void(int64_t)>& task) {
+  thread_local bool in_task = false;
+  if (in_task) {
+    for (int64_t i = 0; i < tasks; ++i) task(i);
+    return;
+  }
   std::atomic<int64_t> next = 0;
   absl::Mutex mu;
   std::exception_ptr error ABSL_GUARDED_BY(mu);
   const auto work = [&] {
+    in_task = true;
     for (int64_t i; (i = next.fetch_add(1)) < tasks;) {
       try {
         task(i);
@@ -102,8 +117,9 @@ void RowWorkers::Run(int64_t tasks, const std::function<void(int64_t)>& task) {
         if (!error) error = std::current_exception();
       }
     }
+    in_task = false;
   };
-  const int helpers = static_cast<int>(std::min<int64_t>(helpers_, tasks - 1));
+  const int helpers = static_cast<int>(std::clamp<int64_t>(tasks - 1, 0, helpers_));
   absl::BlockingCounter running(helpers);
   for (int i = 0; i < helpers; ++i) {
     pool_.run([&] {
@@ -115,6 +131,12 @@ void RowWorkers::Run(int64_t tasks, const std::function<void(int64_t)>& task) {
   running.Wait();
   absl::MutexLock lock(&mu);
   if (error) std::rethrow_exception(error);
+}
+
+void RowWorkers::RunWhole(int64_t tasks, const std::function<void(int64_t)>& task) {
+  const int64_t side_by_side = tasks / threads() * threads();
+  Run(side_by_side, task);
+  for (int64_t i = side_by_side; i < tasks; ++i) task(i);
 }
 
 Tensor ParallelRows(RowWorkers& workers, const RowFunction& f, const Tensor& x, const std::vector<Tensor>& parameters) {

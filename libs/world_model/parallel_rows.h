@@ -1,4 +1,4 @@
-// A network over the rows of a batch, computed slice by slice on several threads, forward and backward.
+// Threads that share what is computed on a CPU: the slices of a batch, the candidates of a plan, the requests of a batch.
 //
 // LibTorch's own threads split single operations, which costs more than it saves where operations take microseconds; whole
 // slices of the network keep each thread busy and its activations in its cache.
@@ -12,14 +12,23 @@
 
 namespace orrery {
 
+// Lets the calling thread compute with as many threads of LibTorch's own as at::set_num_threads has set; to be called by every
+// thread that computes. A new thread has as many as there are processors, which take them from those that compute: they spin
+// while they wait for more.
+void UseTorchThreads();
+
 // Threads that help the caller. Thread-safe.
 class RowWorkers {
  public:
   // `threads` counts the caller; at least 1.
   explicit RowWorkers(int threads);
   int threads() const { return helpers_ + 1; }
-  // Calls task(0) … task(tasks - 1), each once, on the workers and the calling thread; rethrows the first exception.
+  // Calls task(0) … task(tasks - 1), each once, on the workers and the calling thread; rethrows the first exception. Called from
+  // within a task it does all on the calling thread, since the others are busy.
   void Run(int64_t tasks, const std::function<void(int64_t)>& task);
+  // The same for tasks that can themselves be shared: side by side while there are enough for all threads, and those that are left
+  // one after another, each with all the workers at its service.
+  void RunWhole(int64_t tasks, const std::function<void(int64_t)>& task);
 
  private:
   const int helpers_;

@@ -1,14 +1,21 @@
 #include "libs/world_model/world_model.h"
 
 #include <array>
+#include <atomic>
 #include <bit>
 #include <cmath>
+#include <latch>
+#include <map>
+#include <mutex>
 #include <numbers>
+#include <set>
+#include <thread>
 #include <vector>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "libs/base/status_matchers.h"
+#include "libs/base/testing.h"
 #include "libs/world_model/golden.h"
 #include "libs/world_model/imagine.h"
 #include "libs/world_model/parallel_rows.h"
@@ -274,6 +281,50 @@ TEST(WorldModel, ASliceThatFailsIsReported) {
   const Tensor x = at::ones({64, 2});
   EXPECT_THROW(ParallelRows(workers, [](const Tensor& rows) { return rows.mm(at::ones({3, 1})); }, x, {}), c10::Error);
   EXPECT_TRUE(at::equal(ParallelRows(workers, [](const Tensor& rows) { return rows.sum(1); }, x, {}), x.sum(1)));
+}
+
+// OpenMP's own default is one thread a processor, also on a machine with one.
+TEST(WorldModel, WorkersHaveTheThreadsOfLibTorchThatWereSet) {
+  const int before = at::get_num_threads();
+  at::set_num_threads(5);
+  RowWorkers workers(3);
+  std::mutex mu;
+  std::map<std::thread::id, int> threads;
+  std::latch all(3);
+  workers.Run(3, [&](int64_t) {
+    all.arrive_and_wait();  // one task to each thread
+    const std::lock_guard lock(mu);
+    threads[std::this_thread::get_id()] = OpenMpThreads();
+  });
+  at::set_num_threads(before);
+  ASSERT_EQ(threads.size(), 3u);
+  for (const auto& [id, count] : threads) EXPECT_EQ(count, 5);
+}
+
+// A task may itself ask for the workers: within Run they are busy with others, and of RunWhole's last ones all help.
+TEST(WorldModel, WorkersAreSharedByTasksWithinTasks) {
+  RowWorkers workers(3);
+  for (const int64_t tasks : {0, 1, 2, 3, 7}) {
+    std::vector<std::atomic<int>> done(tasks);
+    std::vector<std::set<std::thread::id>> helpers(tasks);
+    workers.RunWhole(tasks, [&](int64_t i) {
+      std::mutex mu;
+      std::atomic<int> parts = 0;
+      std::latch all(3);
+      workers.Run(3, [&](int64_t) {
+        ++parts;
+        if (i >= tasks / 3 * 3) all.arrive_and_wait();  // all three threads are there
+        const std::lock_guard lock(mu);
+        helpers[i].insert(std::this_thread::get_id());
+      });
+      EXPECT_EQ(parts, 3);
+      ++done[i];
+    });
+    for (int64_t i = 0; i < tasks; ++i) {
+      EXPECT_EQ(done[i], 1) << i << " of " << tasks;
+      EXPECT_EQ(helpers[i].size(), i < tasks / 3 * 3 ? 1u : 3u) << i << " of " << tasks;
+    }
+  }
 }
 
 // Every kernel against LibTorch's operations in double precision, with sizes that fill neither vectors nor tiles; and a

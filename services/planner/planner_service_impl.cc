@@ -402,12 +402,17 @@ class PlannerServerImpl final : public PlannerServer, public planner::v1::Planne
       }
     }
     for (const auto& [served, calls] : groups) {
-      // Slots that are computed one by one anyway are answered one by one, too: nobody waits for those behind.
-      const size_t together = calls[0]->model->together ? calls.size() : 1;
-      for (size_t first = 0; first < calls.size(); first += together) {
-        RunCalls(*served, absl::MakeConstSpan(calls).subspan(first, together));
+      if (calls[0]->model->together) {
+        RunCalls(*served, calls);
+      } else {
+        RunApart(*served, calls);
       }
     }
+  }
+
+  // Each is answered when it is computed: nobody waits for those behind.
+  void RunApart(const ServedModel& served, absl::Span<ActCall* const> calls) const {
+    served.workers->RunWhole(std::ssize(calls), [&](int64_t i) { RunCalls(served, calls.subspan(i, 1)); });
   }
 
   // Those that somebody still waits for: a batch may take long, and calls behind others in it may have died meanwhile.
@@ -425,7 +430,7 @@ class PlannerServerImpl final : public PlannerServer, public planner::v1::Planne
     return wanted;
   }
 
-  // All of one snapshot.
+  // All of one snapshot. On any thread.
   void RunCalls(const ServedModel& served, absl::Span<ActCall* const> taken) const {
     const std::vector<ActCall*> calls = Wanted(taken);
     if (calls.empty()) return;
