@@ -188,7 +188,7 @@ def planner():
             durations("Compute time", "Of a batch, on a CPU of a request: encoding, belief, plan.", "planner_compute_seconds"),
             lines("Busy", "percentunit",
                   "Share of the time in which a batch is computed, by planner. Near 1: start another planner.",
-                  Query(rate("planner_compute_seconds_sum", "run, instance"), "{{run}} {{instance}}"), high=1),
+                  Query(rate("planner_busy_seconds_total", "run, instance"), "{{run}} {{instance}}"), high=1),
         ]),
         ("Snapshots and beliefs", [
             lines("Snapshot served", "none", "Updates behind the snapshot, by planner, and behind the newest published one.",

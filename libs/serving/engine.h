@@ -46,9 +46,10 @@ class InferenceEngine {
   InferenceEngine(torch::Device device, std::shared_ptr<prometheus::Registry> registry, const prometheus::Labels& labels = {});
 
   // The slots must have passed CheckSlot. Everything random in slot i comes from its own seed, so its answer does not depend on
-  // its company: to the last bit on a CPU, where each slot is computed alone (planning together saves nothing there, and products
-  // of other shapes round differently), several side by side on the model's workers, and within rounding on a GPU, where all are computed together. A slot whose numbers overflow gets an INVALID_ARGUMENT of its
-  // own. INTERNAL: nothing could be computed.
+  // its company: to the last bit on a CPU, where each slot is computed alone (planning together saves nothing there, and
+  // products of other shapes round differently), several side by side on the model's workers, and within rounding on a GPU,
+  // where all are computed together. A slot whose numbers overflow gets an INVALID_ARGUMENT of its own. INTERNAL: nothing
+  // could be computed.
   absl::StatusOr<std::vector<absl::StatusOr<SlotOutput>>> Run(const ServedModel& served,
                                                               absl::Span<const SlotInput* const> slots) const;
   // What is computed before a snapshot is served, so that no request waits for it.

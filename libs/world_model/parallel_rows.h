@@ -13,8 +13,8 @@
 namespace orrery {
 
 // Lets the calling thread compute with as many threads of LibTorch's own as at::set_num_threads has set; to be called by every
-// thread that computes. A new thread has as many as there are processors, which take them from those that compute: they spin
-// while they wait for more.
+// thread that computes. Else OpenMP gives a new thread as many helpers as there are processors, and those take them from
+// whoever computes: they spin while they wait for more.
 void UseTorchThreads();
 
 // Threads that help the caller. Thread-safe.
@@ -23,11 +23,11 @@ class RowWorkers {
   // `threads` counts the caller; at least 1.
   explicit RowWorkers(int threads);
   int threads() const { return helpers_ + 1; }
-  // Calls task(0) … task(tasks - 1), each once, on the workers and the calling thread; rethrows the first exception. Called from
-  // within a task it does all on the calling thread, since the others are busy.
+  // Calls task(0) … task(tasks - 1), each once, on the workers and the calling thread; rethrows the first exception. Called
+  // from within a task it does all on the calling thread, since the others are busy.
   void Run(int64_t tasks, const std::function<void(int64_t)>& task);
-  // The same for tasks that can themselves be shared: side by side while there are enough for all threads, and those that are left
-  // one after another, each with all the workers at its service.
+  // The same for tasks that can themselves be shared: side by side while there are enough for all threads, and those that are
+  // left one after another, each with all the workers at its service.
   void RunWhole(int64_t tasks, const std::function<void(int64_t)>& task);
 
  private:

@@ -196,6 +196,7 @@ class PlannerServerImpl final : public PlannerServer, public planner::v1::Planne
         random_base_(DeriveSeed(std::random_device{}(), "planner")),
         on_ready_(options.on_ready),
         unknown_(*options.registry, ""),
+        busy_seconds_(AddCounter(*options.registry, "planner_busy_seconds_total", "Time in which a batch was computed.")),
         models_(MakeModels(options, device)),
         batcher_(MakeBatcherOptions(options), [this](Batcher::Batch batch) { RunBatch(std::move(batch)); }),
         worker_([this] {
@@ -380,6 +381,7 @@ class PlannerServerImpl final : public PlannerServer, public planner::v1::Planne
 
   // On the worker thread.
   void RunBatch(Batcher::Batch batch) {
+    const absl::Time began = clock_->Now();
     // Those that share a snapshot and are as urgent as each other, in the order of the batch: what is urgent is computed first.
     std::vector<std::pair<std::shared_ptr<const ServedModel>, std::vector<ActCall*>>> groups;
     for (const auto& request : batch) {
@@ -408,6 +410,7 @@ class PlannerServerImpl final : public PlannerServer, public planner::v1::Planne
         RunApart(*served, calls);
       }
     }
+    busy_seconds_.Increment(absl::ToDoubleSeconds(std::max(clock_->Now() - began, absl::ZeroDuration())));
   }
 
   // Each is answered when it is computed: nobody waits for those behind.
@@ -477,6 +480,7 @@ class PlannerServerImpl final : public PlannerServer, public planner::v1::Planne
   std::atomic<uint64_t> next_seed_ = 0;
   std::atomic<bool> told_ready_ = false;
   ActMetrics unknown_;
+  prometheus::Counter& busy_seconds_;
   const std::vector<std::unique_ptr<Model>> models_;
   Batcher batcher_;
   absl::Mutex close_mu_;

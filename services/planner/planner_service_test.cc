@@ -240,6 +240,7 @@ TEST_F(PlannerServiceTest, EightConcurrentClientsShareBatchesAndGetTheAnswersThe
   constexpr int kRounds = 10;
   // Long enough for slow machines; batches begin as soon as all clients wait.
   options_.service.set_max_delay_micros(500000);
+  options_.threads = 3;  // two by three side by side, then two with the help of all; alone with the help of all
   Start();
   std::vector<std::vector<std::pair<ActRequest, ActResponse>>> played(kClients);
   std::vector<std::thread> threads;
@@ -261,6 +262,7 @@ TEST_F(PlannerServiceTest, EightConcurrentClientsShareBatchesAndGetTheAnswersThe
   const prometheus::ClientMetric::Histogram sizes = Metric("orrery_planner_batch_size").histogram;
   EXPECT_EQ(sizes.sample_sum, kClients * kRounds);
   EXPECT_THAT(sizes.sample_sum / static_cast<double>(sizes.sample_count), Gt(4));
+  EXPECT_GT(Metric("orrery_planner_busy_seconds_total").counter.value, 0);
 
   // The same requests one by one.
   for (const auto& client : played) {
