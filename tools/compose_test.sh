@@ -111,8 +111,9 @@ check_files() {
 }
 
 check_images() {
-  local name image user label check size version
+  local name image user label check size version epoch
   version="$(sed -n 's/^ORRERY_VERSION=//p' deploy/.env)"
+  epoch="$(sed -n 's/^ARG SOURCE_DATE_EPOCH=//p' docker/Dockerfile)"
   for name in replay learner planner actor tools; do
     image="orrery/$name:$version"
     user="$(docker image inspect --format '{{.Config.User}}' "$image")"
@@ -126,6 +127,9 @@ check_images() {
     esac
     size="$(docker image inspect --format '{{.Size}}' "$image")"
     say "$image has $((size / 1000000)) MB"
+    docker run --rm --network none --user 0:0 --entrypoint find "$image" /usr/local /etc/orrery /etc/ld.so.cache -type f \
+      -newermt "@$epoch" >"$work/newer"
+    [ ! -s "$work/newer" ] || die "$image: $(head -1 "$work/newer") carries the time of its build: expected $epoch for all files"
   done
   for name in replay actor; do
     docker run --rm --network none --user 0:0 --entrypoint find "orrery/$name:$version" / -xdev -name 'libtorch*' >"$work/torch"
