@@ -151,9 +151,7 @@ absl::Status SnapshotSubscriber::Subscribe() {
       backoff_.Reset();
       ended_ = absl::OkStatus();
       if (std::exchange(trouble_, "") != "") LogInfo("snapshots come from the learner again");
-      const Store::Snapshot snapshot = assembler.Take();
-      // A refused one is logged and counted by the holder; the answer tells the learner what is served instead.
-      options_.holder->Load(snapshot.file, snapshot.version).IgnoreError();
+      Load(assembler.Take());
       report();
     }
   }
@@ -165,6 +163,18 @@ absl::Status SnapshotSubscriber::Subscribe() {
   // Streams end when their connection is old enough: no trouble unless the next one fails, too.
   backoff_.Reset();
   return absl::OkStatus();
+}
+
+void SnapshotSubscriber::Load(const Store::Snapshot& snapshot) {
+  // A refused one is logged and counted by the holder; the answer tells the learner what is served instead.
+  const absl::Status loaded = options_.holder->Load(snapshot.file, snapshot.version);
+  const bool older = absl::IsAlreadyExists(loaded) && snapshot.version < Newest();
+  if (older && !told_older_) {
+    LogWarning("the learner's snapshots are older than this planner's and not taken, as after a restore of older data: then restart "
+               "the planner, error=\"{}\"",
+               loaded.ToString());
+  }
+  told_older_ = older;
 }
 
 absl::StatusOr<SnapshotVersion> SnapshotSubscriber::AskVersion() {

@@ -53,6 +53,8 @@ class SnapshotSubscriber {
   absl::Status Subscribe();
   // Until the operation of the stream that has begun is over; false: it failed. Asks replay meanwhile while nothing is loaded.
   bool Await(grpc::CompletionQueue& queue);
+  // Loads a snapshot of the learner's; logs when they begin to be older than the newest that is loaded.
+  void Load(const Store::Snapshot& snapshot);
   // Loads replay's snapshot if it is newer than the one served and was not refused a short time ago.
   absl::Status AskReplay();
   // Version of replay's newest snapshot; {0, 0}: it has none.
@@ -76,6 +78,7 @@ class SnapshotSubscriber {
   Backoff backoff_;
   absl::Status ended_;  // how the last subscription did; OK once a snapshot has come
   std::string trouble_;
+  bool told_older_ = false;  // that the learner's snapshots are older
   SnapshotVersion refused_;                          // of replay's; {0, 0}: none
   absl::Time refused_until_ = absl::InfinitePast();  // before then it is not fetched again
 

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <deque>
 #include <optional>
 #include <vector>
@@ -233,6 +234,16 @@ TEST_F(SnapshotSubscriberTest, ReportsTheOldVersionWhenASnapshotIsRefused) {
   learner_.Send(FakeLearner::Item{{{1, 2}, "neither safe nor a tensor"}});
   learner_.Send(FakeLearner::Item{SnapshotOf(3)});
   EXPECT_THAT(learner_.AwaitReports(4), ElementsAre(-1, 1, 1, 3));
+}
+
+TEST_F(SnapshotSubscriberTest, SaysOnceThatTheLearnerIsBehind) {
+  CapturedLog log("warning");
+  Start(true, false);
+  for (const int64_t counter : {7, 7, 1, 2}) learner_.Send(FakeLearner::Item{SnapshotOf(counter)});
+  EXPECT_THAT(learner_.AwaitReports(5), ElementsAre(-1, 7, 7, 7, 7));
+  const std::string lines = log.Take();
+  EXPECT_THAT(lines, HasSubstr("restart the planner, error=\"ALREADY_EXISTS: snapshot 1.1 is not newer than 1.7"));
+  EXPECT_EQ(std::count(lines.begin(), lines.end(), '\n'), 1) << lines;
 }
 
 TEST_F(SnapshotSubscriberTest, AHeldPlannerAnswersWithTheNewestItHas) {
