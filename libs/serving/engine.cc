@@ -326,12 +326,7 @@ absl::StatusOr<Outputs> InferenceEngine::Run(const ServedModel& served, absl::Sp
 absl::StatusOr<Outputs> InferenceEngine::ComputeApart(const ServedModel& served,
                                                       absl::Span<const SlotInput* const> slots) const {
   std::vector<absl::StatusOr<Outputs>> apart(slots.size());
-  const auto compute = [&](int64_t i) { apart[i] = Compute(served, slots.subspan(i, 1)); };
-  if (served.workers != nullptr) {
-    served.workers->RunWhole(std::ssize(slots), compute);
-  } else {
-    for (int64_t i = 0; i < std::ssize(slots); ++i) compute(i);
-  }
+  served.workers->RunWhole(std::ssize(slots), [&](int64_t i) { apart[i] = Compute(served, slots.subspan(i, 1)); });
   Outputs outputs;
   outputs.reserve(slots.size());
   for (absl::StatusOr<Outputs>& one : apart) {

@@ -19,7 +19,7 @@ struct ServedModel {
   SnapshotInfo info;
   std::shared_ptr<const WorldModel> model;  // on the engine's device
   std::unique_ptr<const Planner> planner;
-  std::shared_ptr<RowWorkers> workers;  // share what is computed on a CPU; null: none
+  std::shared_ptr<RowWorkers> workers;  // share what is computed on a CPU
   uint64_t structure_hash = 0;
 
   BeliefShape belief_shape() const {

@@ -32,7 +32,7 @@ class SnapshotHolder {
     std::string default_name;                    // name of a model whose snapshot does not say its run
     prometheus::Labels labels;                   // of every metric
     torch::Device device = torch::kCPU;
-    std::shared_ptr<RowWorkers> workers;  // share what is computed on the CPU; null: none
+    std::shared_ptr<RowWorkers> workers = std::make_shared<RowWorkers>(1);  // share what is computed on the CPU; required
     bool bfloat16 = false;                // rollouts on the CPU
     std::shared_ptr<prometheus::Registry> registry;  // required
     Clock* clock = &Clock::Real();                   // must outlive this

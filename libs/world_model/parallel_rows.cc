@@ -21,6 +21,10 @@ using RowFunction = std::function<Tensor(const Tensor&)>;
 constexpr int64_t kMinRowsPerSlice = 16;
 constexpr int64_t kMaxSlices = 8;
 
+// Taken for a moment by whoever hands tasks over and by each thread that takes them, so that the thread sanitizer, which does not
+// see the mutex of c10's queue, sees what is handed over, too.
+ABSL_CONST_INIT absl::Mutex handover(absl::kConstInit);
+
 // One slice with a graph of its own, which the backward pass goes through on whichever thread it runs.
 struct Slice {
   Tensor x, y;
@@ -121,8 +125,10 @@ void RowWorkers::Run(int64_t tasks, const std::function<void(int64_t)>& task) {
   };
   const int helpers = static_cast<int>(std::clamp<int64_t>(tasks - 1, 0, helpers_));
   absl::BlockingCounter running(helpers);
+  { absl::MutexLock lock(&handover); }
   for (int i = 0; i < helpers; ++i) {
     pool_.run([&] {
+      { absl::MutexLock lock(&handover); }
       work();
       running.DecrementCount();
     });
